@@ -1,0 +1,52 @@
+"""safeft: fine-tune a chat model on your domain, keep its refusals, and prove both.
+
+Names load on first use, so that ``import safeft`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safeft.errors import SafeftError as SafeftError
+    from safeft.evaluate import Evaluation as Evaluation
+    from safeft.evaluate import evaluate as evaluate
+    from safeft.freeze.callback import SafetyFreezeCallback as SafetyFreezeCallback
+    from safeft.freeze.certificate import Certificate as Certificate
+    from safeft.freeze.verify import verify as verify
+    from safeft.judge import Judge as Judge
+    from safeft.judge import as_judge as as_judge
+    from safeft.locate import locate as locate
+    from safeft.neurons import NeuronSet as NeuronSet
+    from safeft.prompts import read_prompts as read_prompts
+    from safeft.sites import find_sites as find_sites
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Certificate": "safeft.freeze.certificate",
+    "Evaluation": "safeft.evaluate",
+    "Judge": "safeft.judge",
+    "NeuronSet": "safeft.neurons",
+    "SafeftError": "safeft.errors",
+    "SafetyFreezeCallback": "safeft.freeze.callback",
+    "as_judge": "safeft.judge",
+    "evaluate": "safeft.evaluate",
+    "find_sites": "safeft.sites",
+    "locate": "safeft.locate",
+    "read_prompts": "safeft.prompts",
+    "verify": "safeft.freeze.verify",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'safeft' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

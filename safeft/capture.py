@@ -1,0 +1,113 @@
+"""Activations of neurons at chosen tokens, seen during a forward pass and gone after it.
+
+A unit's activation is what the matrix that writes it back receives (``down_proj``, ``o_proj``).
+Nothing is kept beyond one batch: locators reduce what they are shown to running statistics, so
+memory does not grow with the number of prompts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from safeft.errors import SafeftError
+from safeft.sites import Site, dense, plain_model
+
+Observer = Callable[[str, Tensor], None]
+"""Called once per module and forward pass with the module's name and its input
+``(prompts, tokens, features)``."""
+
+
+class CaptureError(SafeftError, RuntimeError):
+    """A module that should have been seen in the forward pass was not run."""
+
+
+@contextmanager
+def watch_inputs(model: nn.Module, modules: list[str], observe: Observer) -> Iterator[None]:
+    """Show ``observe`` the input of each named module; hooks are gone afterwards, also on errors.
+
+    Raises:
+        CaptureError: A module was never run within the context, so what was gathered is partial.
+    """
+    plain = plain_model(model)
+    handles: list[RemovableHandle] = []
+    missing = set(modules)
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            missing.discard(name)
+            observe(name, inputs[0])
+
+        return hook
+
+    try:
+        for name in modules:
+            module = dense(plain.get_submodule(name))
+            handles.append(module.register_forward_pre_hook(hook_for(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing:
+        raise CaptureError(
+            f"{sorted(missing)[:3]} did not run in the forward pass, so their neurons were not "
+            "seen and any result would be partial. Is part of the model skipped or offloaded?"
+        )
+
+
+@contextmanager
+def capture(model: nn.Module, sites: Mapping[str, Site]) -> Iterator[dict[str, Tensor]]:
+    """A mapping that holds, after each forward pass, every site's activations.
+
+    Yields:
+        Site name to ``(prompts, tokens, units, width)`` in the model's dtype, graph attached; each
+        forward pass replaces the last one's.
+
+    Example:
+        >>> with capture(model, find_sites(model)) as seen:  # doctest: +SKIP
+        ...     model(**batch.inputs)
+        >>> seen["model.layers.1.mlp"][batch.choose("last_prompt")]  # doctest: +SKIP
+    """
+    by_writer = {site.writes.module: site for site in sites.values()}
+    seen: dict[str, Tensor] = {}
+
+    def keep(writer: str, inputs: Tensor) -> None:
+        site = by_writer[writer]
+        seen[site.name] = inputs.unflatten(-1, (site.units, site.width))
+
+    with watch_inputs(model, list(by_writer), keep):
+        yield seen
+
+
+@contextmanager
+def silence(
+    model: nn.Module, neurons: Mapping[str, Tensor | tuple[int, ...]], sites: Mapping[str, Site]
+) -> Iterator[None]:
+    """Run the model with the activations of ``neurons`` at zero: the causal check.
+
+    Args:
+        model: The model; it is not changed.
+        neurons: Site name to unit numbers (``NeuronSet.indices`` will do).
+        sites: The model's sites.
+    """
+    plain = plain_model(model)
+    handles: list[RemovableHandle] = []
+
+    def hook_for(columns: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (inputs[0].index_fill(-1, columns.to(inputs[0].device), 0), *inputs[1:])
+
+        return hook
+
+    try:
+        for name, units in neurons.items():
+            part = sites[name].writes
+            columns = part.entries(torch.as_tensor(units, dtype=torch.long))
+            module = plain.get_submodule(part.module)
+            handles.append(module.register_forward_pre_hook(hook_for(columns)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

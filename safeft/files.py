@@ -1,0 +1,35 @@
+"""Writing files whole: beside the target first, then renamed, so that none is ever half-written."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from safeft.errors import ArtefactError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``, or leave what was there as it was.
+
+    Raises:
+        ArtefactError: The disk is full, or the folder cannot be made or written.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ArtefactError(
+            f"{str(path)!r} could not be written ({len(data)} bytes): {error}. Nothing was left "
+            "half-written; free some space or give another folder, then run again."
+        ) from error
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,126 @@
+"""The certificate: what was frozen, and that it held, as JSON with hashes."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeft.files import write_whole
+
+CERTIFICATE_NAME = "safeft_certificate.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One row or column of a weight that should have stayed and did not.
+
+    Attributes:
+        tensor: The weight's name.
+        neuron: ``site#unit``, or an empty string where the weight belongs to no neuron.
+        axis: ``rows`` or ``columns``.
+        index: The row or column; None where only hashes were compared (during training).
+        changed: How many of its weights differ in some bit, where known.
+        max_abs: The largest difference, where known.
+    """
+
+    tensor: str
+    neuron: str
+    axis: str
+    index: int | None = None
+    changed: int | None = None
+    max_abs: float | None = None
+
+    def __str__(self) -> str:
+        if self.index is None:
+            return f"{self.tensor}: protected {self.axis} differ"
+        neuron = f" ({self.neuron})" if self.neuron else ""
+        return (
+            f"{self.tensor} {self.axis}[{self.index}]{neuron}: {self.changed} weights differ, by "
+            f"up to {self.max_abs:.3g}"
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether everything protected is bit-identical, and what that rests on.
+
+    Attributes:
+        exact: True if no protected weight differs in any bit.
+        violations: What differs, one entry per row or column.
+        mode: ``freeze`` or ``train_only``.
+        neurons: Hash, count and origin of the set.
+        slices: Per protected weight: name, axis, number of rows or columns, SHA-256 of its bytes
+            in the base and now.
+        frozen_share: Share of the model's weights that are protected, 0 to 1.
+        run: How it came about: engine, processes, optimizer, steps, or the two folders compared.
+    """
+
+    exact: bool
+    violations: tuple[Violation, ...]
+    mode: str
+    neurons: Mapping[str, Any]
+    slices: tuple[Mapping[str, Any], ...]
+    frozen_share: float
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, schema version first."""
+        return {"safeft_certificate": SCHEMA_VERSION, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the certificate whole, to ``path`` or into it where it is a folder.
+
+        Raises:
+            ArtefactError: It cannot be written.
+        """
+        path = Path(path)
+        target = path / CERTIFICATE_NAME if path.is_dir() else path
+        write_whole(target, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def summary(self) -> str:
+        """Two or three lines for a person."""
+        verdict = "EXACT" if self.exact else "VIOLATED"
+        what = (
+            f"{self.neurons['count']} neurons"
+            if self.mode == "freeze"
+            else f"everything but {self.neurons['count']} neurons"
+        )
+        lines = [
+            f"{verdict}: {what}, {self.frozen_share:.2%} of the weights, "
+            f"{len(self.slices)} tensors compared."
+        ]
+        lines += [f"  {violation}" for violation in self.violations[:5]]
+        if len(self.violations) > 5:
+            lines.append(f"  and {len(self.violations) - 5} more")
+        return "\n".join(lines)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, ``(..., itemsize)`` uint8: equal only where every bit is."""
+    contiguous = tensor.detach().contiguous().cpu()
+    return contiguous.reshape(*contiguous.shape, 1).view(torch.uint8)
+
+
+def bytes_hash(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the bytes of tensors in turn."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(bits(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+def differences(base: Tensor, now: Tensor) -> list[tuple[int, int, float]]:
+    """Entries (first axis) that differ in some bit: (entry, weights changed, largest difference)."""
+    changed = (bits(base) != bits(now)).any(-1).reshape(len(base), -1).sum(1)
+    gap = (base.double() - now.double().to(base.device)).abs().reshape(len(base), -1)
+    largest = gap.amax(1) if gap.shape[1] else gap.sum(1)
+    return [
+        (entry, int(changed[entry]), float(largest[entry]))
+        for entry in changed.nonzero().flatten().tolist()
+    ]

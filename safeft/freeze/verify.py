@@ -1,0 +1,284 @@
+"""``verify``: base against tuned, slice by slice from safetensors, merged effect for adapters."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from safeft.errors import ArtefactError, FingerprintError
+from safeft.freeze.adapters import check_adapter_settings
+from safeft.freeze.certificate import Certificate, Violation, bytes_hash, differences
+from safeft.freeze.plan import Mode, Plan, Slice, make_plan
+from safeft.neurons import NeuronSet, layout_hash, moved_error
+from safeft.progress import progress
+from safeft.sites import Site, find_sites, plain_model
+from safeft.weights import CheckpointWeights, ModelWeights, Weights
+
+_ROWS = 4096
+"""Rows compared at once where a whole weight is protected."""
+
+
+def verify(
+    base: str | Path | nn.Module,
+    tuned: str | Path | nn.Module,
+    protected: NeuronSet | str | Path,
+    *,
+    mode: Mode = "freeze",
+) -> Certificate:
+    """Compare what is protected in the base with the same in the tuned model, bit by bit.
+
+    Args:
+        base: Folder (or hub id) of the base checkpoint in safetensors, or a model in memory.
+        tuned: Folder of the tuned checkpoint or of a LoRA adapter, or a model in memory. For an
+            adapter the merged effect counts: any non-zero update of a protected slice violates.
+        protected: The neuron set or its folder.
+        mode: ``freeze``: the neurons must be unchanged. ``train_only``: everything else must.
+
+    Returns:
+        A certificate; ``exact`` is the verdict and ``violations`` name tensor, neuron and row or
+        column. Where the tuned checkpoint has another dtype, the base is cast to it first.
+
+    Raises:
+        ArtefactError: A folder without safetensors, a truncated file, a missing tensor.
+        FingerprintError: The set was not located in this base.
+
+    Example:
+        >>> verify("base", "tuned", "safety_neurons").exact  # doctest: +SKIP
+        True
+    """
+    neurons = (
+        protected if isinstance(protected, NeuronSet) else NeuronSet.from_pretrained(protected)
+    )
+    with ExitStack() as files:
+        shape_model, before = _open_base(base, files)
+        sites = find_sites(shape_model)
+        _check_base(neurons, sites, before, str(base))
+        shape_model.requires_grad_(True)
+        plan = make_plan(shape_model, neurons, mode)
+        after = _open_tuned(tuned, before, files)
+        rows, violations = _compare(plan, sites, before, after)
+    run = {"base": _describe(base), "tuned": _describe(tuned), "compared": type(after).__name__}
+    about = {
+        "count": len(neurons),
+        "sha256": neurons.hash,
+        "source": dict(neurons.source),
+        "base_model": neurons.model.name_or_path,
+    }
+    return Certificate(
+        not violations, tuple(violations), mode, about, tuple(rows), plan.frozen_share, run
+    )
+
+
+def _compare(
+    plan: Plan, sites: Mapping[str, Site], before: Weights, after: "Weights | _Adapted"
+) -> tuple[list[dict[str, Any]], list[Violation]]:
+    owners = {part.module: (site, part) for site in sites.values() for part in site.parts}
+    rows: list[dict[str, Any]] = []
+    violations: list[Violation] = []
+    for piece in progress(plan.slices, "verifying", total=len(plan.slices)):
+        was, shape = before.shape(piece.name), after.shape(piece.name)
+        if shape != was:
+            raise ArtefactError(
+                f"{piece.name} has shape {was} in the base and "
+                f"{shape or 'is missing'} in the tuned model: it was not tuned from this base "
+                "(or its layers were renamed or resized). Give the base it was tuned from."
+            )
+        owner = owners.get(piece.name.rpartition(".")[0])
+        hashes: tuple[list[str], list[str]] = ([], [])
+        count = 0
+        for chunk in _chunks(piece, was or ()):
+            assert chunk.entries is not None
+            now = after.read(chunk.name, chunk.axis, chunk.entries)
+            then = before.read(chunk.name, chunk.axis, chunk.entries).to(now.dtype)
+            hashes[0].append(bytes_hash([then]))
+            hashes[1].append(bytes_hash([now]))
+            count += len(chunk.entries)
+            for entry, changed, gap in differences(then, now):
+                index = int(chunk.entries[entry])
+                neuron = ""
+                if owner is not None:
+                    neuron = f"{owner[0].name}#{owner[1].unit_of(index)}"
+                violations.append(Violation(piece.name, neuron, piece.axis, index, changed, gap))
+        rows.append(
+            {
+                "tensor": piece.name,
+                "axis": piece.axis,
+                "count": count,
+                "sha256_base": _joined(hashes[0]),
+                "sha256_now": _joined(hashes[1]),
+            }
+        )
+    return rows, violations
+
+
+def _joined(hashes: list[str]) -> str:
+    if len(hashes) == 1:
+        return hashes[0]
+    return bytes_hash([torch.tensor(list("".join(hashes).encode()), dtype=torch.uint8)])
+
+
+def _chunks(piece: Slice, shape: tuple[int, ...]) -> Iterator[Slice]:
+    entries = piece.entries
+    if entries is None:
+        entries = torch.arange(shape[0] if shape else 0)
+    if piece.axis == "columns":
+        yield replace(piece, entries=entries)
+        return
+    for chosen in entries.split(_ROWS):
+        yield replace(piece, entries=chosen)
+
+
+class _Adapted:
+    """A base with a LoRA adapter on it, merged slice by slice."""
+
+    def __init__(self, base: Weights, adapter: Weights, settings: Mapping[str, Any]) -> None:
+        self._base, self._adapter, self._settings = base, adapter, settings
+        self._names = set(adapter.names())
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self._base.shape(name)
+
+    def names(self) -> list[str]:
+        return self._base.names()
+
+    def read(self, name: str, axis: Any, entries: Tensor) -> Tensor:
+        """The merged slice: base plus update, or base plus noise where the update is below rounding.
+
+        An update too small to show after rounding would still show unmerged, so it is returned
+        as the next representable change.
+        """
+        base = self._base.read(name, axis, entries)
+        module, _, leaf = name.rpartition(".")
+        for saved in (f"base_model.model.{name}", f"base_model.model.{module}.base_layer.{leaf}"):
+            if saved in self._names:
+                return self._adapter.read(saved, axis, entries)
+        update = self._update(module, leaf, axis, entries)
+        if update is None:
+            return base
+        merged = (base.float() + update).to(base.dtype)
+        unseen = (merged == base) & (update != 0)
+        towards = torch.full_like(base, torch.inf)
+        return torch.where(unseen, torch.nextafter(base, towards), merged)
+
+    def _update(self, module: str, leaf: str, axis: Any, entries: Tensor) -> Tensor | None:
+        prefix = f"base_model.model.{module}"
+        a, b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
+        if leaf == "bias":
+            name = f"{prefix}.lora_B.bias"
+            if name not in self._names:
+                return None
+            return self._scale(module) * self._adapter.read(name, axis, entries).float()
+        if a not in self._names and b not in self._names:
+            return None
+        every = torch.arange
+        if axis == "rows":
+            left = self._adapter.read(b, "rows", entries).float()
+            right = self._adapter.read(a, "rows", every((self._adapter.shape(a) or (0,))[0]))
+            return self._scale(module) * (left @ right.float())
+        columns = self._adapter.read(a, "columns", entries).float()
+        left = self._adapter.read(b, "rows", every((self._adapter.shape(b) or (0,))[0]))
+        return self._scale(module) * (columns @ left.float().T)
+
+    def _scale(self, module: str) -> float:
+        from peft.utils.other import get_pattern_key
+
+        settings = self._settings
+
+        def of(pattern: str, default: str) -> float:
+            found = settings.get(pattern) or {}
+            return found.get(get_pattern_key(list(found), module), settings[default])
+
+        rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Module, Weights]:
+    if isinstance(base, nn.Module):
+        plain = plain_model(base)
+        config = getattr(plain, "config", None)
+        with torch.device("meta"):
+            return type(plain)(config), ModelWeights(plain)
+    folder = _folder(base)
+    return _shape_model(folder), files.enter_context(CheckpointWeights(folder))
+
+
+def _open_tuned(
+    tuned: str | Path | nn.Module, before: Weights, files: ExitStack
+) -> "Weights | _Adapted":
+    if isinstance(tuned, nn.Module):
+        if any(".lora_" in name for name, _ in tuned.named_parameters()):
+            raise ArtefactError(
+                "The tuned model carries an adapter in memory. Save the adapter and give its "
+                "folder, or merge it first (merge_and_unload)."
+            )
+        return ModelWeights(tuned)
+    folder = _folder(tuned)
+    if not (folder / "adapter_config.json").is_file():
+        return files.enter_context(CheckpointWeights(folder))
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise ArtefactError(
+            f"{str(folder)!r}: adapter_config.json is not JSON: {error}."
+        ) from error
+    check_adapter_settings(settings, folder.name)
+    adapter = files.enter_context(CheckpointWeights(folder, "adapter_model"))
+    return _Adapted(before, adapter, settings)
+
+
+def _folder(place: str | Path) -> Path:
+    if Path(place).is_dir():
+        return Path(place)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        wanted = ["*.json", "*.safetensors"]
+        return Path(snapshot_download(str(place), allow_patterns=wanted))
+    except (OSError, ValueError, HFValidationError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{str(place)!r} is neither a folder nor a model that the hub or its cache has "
+            f"({type(error).__name__}). Give the folder of a saved model."
+        ) from error
+
+
+def _shape_model(folder: Path) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{str(folder)!r} has no readable config.json, so its layout is unknown "
+            f"({str(error).splitlines()[0]}). Give the folder of a saved model."
+        ) from error
+    named = (config.architectures or [""])[0]
+    cls = getattr(transformers, named, None)
+    with torch.device("meta"):
+        return cls(config) if cls is not None else AutoModelForCausalLM.from_config(config)
+
+
+def _check_base(neurons: NeuronSet, sites: Mapping[str, Site], before: Weights, where: str) -> None:
+    first = next(iter(sites.values())).writes.module + ".weight"
+    if before.shape(first) is None:
+        raise ArtefactError(
+            f"The base has no weight {first!r}: its weights are not named as its config says."
+        )
+    if layout_hash(sites, before) != neurons.model.layout:
+        raise FingerprintError(
+            f"The neurons were located in {neurons.model.name_or_path or 'a model'!r} "
+            f"({neurons.model.model_type}); {where!r} has other weights or shapes, so the same "
+            "numbers would name other neurons. Give the base they were located in."
+        )
+    moved = neurons.moved(before, sites)
+    if moved:
+        raise moved_error(neurons, moved, where)
+
+
+def _describe(place: str | Path | nn.Module) -> str:
+    return type(place).__name__ if isinstance(place, nn.Module) else str(place)

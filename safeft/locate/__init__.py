@@ -1,0 +1,279 @@
+"""Locating: model and prompts in, scores out, then a selection. One method, one file.
+
+``METHODS`` lists what can be asked for. All are written after the papers' formulas ("style", not
+"reproduction"); each file names its source.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safeft.errors import ConfigError, PromptError
+from safeft.files import sha256
+from safeft.locate.attribution import AttributionFitter, refusal_tokens
+from safeft.locate.contrast import ContrastFitter
+from safeft.locate.random import RandomFitter
+from safeft.locate.scores import Fitter, Scores, Side
+from safeft.locate.select import Selection, select
+from safeft.locate.snip import SnipFitter
+from safeft.locate.variance import VarianceFitter
+from safeft.locate.wanda import WandaFitter
+from safeft.neurons import NeuronSet
+from safeft.prompts import Prompt, PromptLike, as_prompts, batches, generate
+from safeft.sites import Kind, Site, find_sites
+
+__all__ = [
+    "METHODS",
+    "AttributionFitter",
+    "ContrastFitter",
+    "Fitter",
+    "Method",
+    "RandomFitter",
+    "Scores",
+    "Selection",
+    "SnipFitter",
+    "VarianceFitter",
+    "WandaFitter",
+    "locate",
+    "score",
+    "select",
+]
+
+Method: TypeAlias = Literal["contrast", "variance", "attribution", "snip", "wanda", "random"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+Where: TypeAlias = Literal["mlp", "attention", "all"]
+_KINDS: Mapping[str, tuple[Kind, ...]] = {
+    "mlp": ("mlp",),
+    "attention": ("attention",),
+    "all": ("mlp", "attention"),
+}
+
+_SCOPES: Mapping[str, Literal["layer", "global"]] = {
+    "attribution": "global",
+    "variance": "global",
+}
+"""Where a method ranks by default: one effect scale over layers, or within each layer."""
+
+
+def locate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Iterable[PromptLike],
+    benign: Iterable[PromptLike],
+    *,
+    method: Method = "attribution",
+    fraction: float | None = None,
+    count: int | None = None,
+    threshold: float | None = None,
+    scope: Literal["layer", "global"] | None = None,
+    utility_fraction: float | None = None,
+    fill: bool = True,
+    sites: Where = "mlp",
+    seed: int = 0,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    openings: Sequence[str] | None = None,
+    chat_template: str | None = None,
+) -> NeuronSet:
+    """Find the safety-critical neurons of an aligned chat model.
+
+    Args:
+        model: A causal language model with a known layout.
+        tokenizer: Its tokenizer, with a chat template.
+        harmful: Prompts the model refuses (strings, message lists, or rows with a response).
+        benign: Ordinary prompts, of which it refuses none.
+        method: One of ``METHODS``.
+        fraction: Share of the units to select; 0.05 where nothing else is given.
+        count: Number of units instead.
+        threshold: Least score instead.
+        scope: Rank within each layer or over all; each method has its own default.
+        utility_fraction: See :class:`Selection`.
+        fill: See :class:`Selection`.
+        sites: MLP hidden units, attention heads, or both.
+        seed: Of ``random``.
+        batch_size: Prompts per forward pass.
+        max_length: Tokens per prompt; longer ones lose their beginning.
+        openings: How this model starts a refusal, for ``attribution``; by default read off its
+            own answers.
+        chat_template: A Jinja template, where the tokenizer has none.
+
+    Returns:
+        The selected neurons, with method, settings and hashes of the prompts in ``source``.
+
+    Raises:
+        PromptError: Prompts missing on one side, or no chat template.
+        SelectionError: A fraction of 0, above 1, and the like.
+        UnsupportedModelError: A model type without a site rule.
+
+    Example:
+        >>> neurons = locate(model, tokenizer, ["How do I pick a lock?"], ["How do I bake bread?"],
+        ...                  method="contrast", fraction=0.05)  # doctest: +SKIP
+    """
+    if fraction is None and count is None and threshold is None:
+        fraction = 0.05
+    _check_choice("method", method, METHODS)
+    selection = Selection(
+        fraction, count, threshold, scope or _SCOPES.get(method, "layer"), utility_fraction, fill
+    )
+    _check_choice("sites", sites, tuple(_KINDS))
+    found = find_sites(model, _KINDS[sites])
+    sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
+    _check_sides(sides)
+    settings: dict[str, Any] = {"sites": sites, "seed": seed, **asdict(selection)}
+    with _evaluating(model):
+        fitter = _fitter(
+            model, tokenizer, found, sides, method, seed, openings, chat_template, settings
+        )
+        scores = score(
+            fitter,
+            model,
+            tokenizer,
+            sides,
+            batch_size=batch_size,
+            max_length=max_length,
+            chat_template=chat_template,
+        )
+    indices = select(scores, found, selection)
+    source = {
+        "method": method,
+        **settings,
+        "calibration": {
+            side: {"count": len(prompts), "sha256": _hash(prompts)}
+            for side, prompts in sides.items()
+        },
+    }
+    return NeuronSet.of(model, indices, source)
+
+
+def score(
+    fitter: Fitter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sides: Mapping[Side, Sequence[Prompt]],
+    *,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    chat_template: str | None = None,
+) -> Scores:
+    """Feed a fitter all prompts, batch by batch, and return its scores.
+
+    Where the fitter reads answers and a prompt brings none, the model's own greedy answer is used.
+    """
+    if isinstance(fitter, RandomFitter):
+        return fitter.scores()
+    for side, prompts in sides.items():
+        ready = list(prompts)
+        if fitter.needs_responses:
+            ready = _answered(model, tokenizer, ready, batch_size, max_length, chat_template)
+        for batch in batches(
+            tokenizer,
+            ready,
+            batch_size=batch_size,
+            device=model.device,
+            max_length=max_length,
+            chat_template=chat_template,
+            description=f"locating, {side} prompts",
+        ):
+            fitter.update(side, batch)
+    return fitter.scores()
+
+
+def _fitter(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sites: Mapping[str, Site],
+    sides: Mapping[Side, Sequence[Prompt]],
+    method: Method,
+    seed: int,
+    openings: Sequence[str] | None,
+    chat_template: str | None,
+    settings: dict[str, Any],
+) -> Fitter:
+    if method == "random":
+        return RandomFitter(sites, seed)
+    if method == "contrast":
+        return ContrastFitter(model, sites)
+    if method == "variance":
+        return VarianceFitter(model, sites, tokens="prompt")
+    if method == "snip":
+        return SnipFitter(model, sites)
+    if method == "wanda":
+        return WandaFitter(model, sites)
+    tokens = refusal_tokens(
+        model,
+        tokenizer,
+        sides["harmful"],
+        sides["benign"],
+        openings=openings,
+        chat_template=chat_template,
+    )
+    settings["openings"] = sorted(tokens.values())
+    return AttributionFitter(model, sites, list(tokens))
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    batch_size: int,
+    max_length: int,
+    chat_template: str | None,
+) -> list[Prompt]:
+    open_ones = [index for index, prompt in enumerate(prompts) if not prompt.response]
+    answers = generate(
+        model,
+        tokenizer,
+        [prompts[index] for index in open_ones],
+        batch_size=batch_size,
+        max_length=max_length,
+        chat_template=chat_template,
+        description="the model's own answers",
+    )
+    for index, answer in zip(open_ones, answers, strict=True):
+        prompts[index] = replace(prompts[index], response=answer)
+    answered = [prompt for prompt in prompts if prompt.response]
+    if not answered:
+        raise PromptError(
+            "The model answers every prompt with nothing, and the method reads answers. Give rows "
+            "with a `response`, or use a method that reads prompts only (contrast, attribution)."
+        )
+    return answered
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+
+
+def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
+    for side, prompts in sides.items():
+        if not prompts:
+            raise PromptError(
+                f"There are no {side} prompts. A safety neuron is one that acts on harmful prompts "
+                "and not on benign ones, so both sides are needed; some 100 of each will do."
+            )
+    if {p.text for p in sides["harmful"]} == {p.text for p in sides["benign"]}:
+        raise PromptError(
+            "Harmful and benign prompts are the same; there is nothing to tell apart. Is one file "
+            "given twice?"
+        )
+
+
+def _hash(prompts: Sequence[Prompt]) -> str:
+    rows = [[[dict(m) for m in p.messages], p.response] for p in prompts]
+    return sha256(json.dumps(rows, sort_keys=True).encode())
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel):  # noqa: ANN202
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

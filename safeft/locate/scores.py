@@ -1,0 +1,140 @@
+"""What a locator gathers and what it gives: the shared shapes of all methods."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from safeft.prompts import Batch
+from safeft.sites import Part, Site, dense, plain_model
+
+Side: TypeAlias = Literal["harmful", "benign"]
+
+Rule: TypeAlias = Literal["plain", "difference", "exclude"]
+"""How safety and utility become one ranking; see :func:`safeft.locate.select.select`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per unit and site.
+
+    Attributes:
+        safety: Site to float64 ``(units,)``; higher is more safety-critical.
+        utility: The same for ordinary use, where the method weighs the two.
+        rule: How the two are to be ranked together.
+    """
+
+    safety: Mapping[str, Tensor]
+    utility: Mapping[str, Tensor] | None
+    rule: Rule
+
+
+class Fitter(Protocol):
+    """Gathers statistics batch by batch; nothing of a batch is kept."""
+
+    needs_responses: bool
+    """Whether the batches must hold answers as well as prompts."""
+
+    def update(self, side: Side, batch: Batch) -> None:
+        """Run the model on one batch and take up what was seen."""
+        ...
+
+    def scores(self) -> Scores:
+        """The scores of what has been seen so far."""
+        ...
+
+
+class Moments:
+    """Running count, mean and variance of feature vectors (Chan's parallel form of Welford's).
+
+    Example:
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[1.0], [3.0]])); moments.update(torch.tensor([[5.0]]))
+        >>> float(moments.mean), float(moments.variance)
+        (3.0, 4.0)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+
+    def update(self, values: Tensor) -> None:
+        """Take up ``values`` of shape ``(samples, features)``."""
+        if not len(values):
+            return
+        exact = values.double()
+        mean = exact.mean(0)
+        squares = (exact - mean).square_().sum(0)
+        if self._mean is None or self._squares is None:
+            self.count, self._mean, self._squares = len(values), mean, squares
+            return
+        total = self.count + len(values)
+        shift = mean - self._mean
+        self._squares += squares + shift.square() * (self.count * len(values) / total)
+        self._mean = self._mean + shift * (len(values) / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """Float64 ``(features,)``."""
+        assert self._mean is not None
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, float64 ``(features,)``; zero while there is one sample only."""
+        assert self._squares is not None
+        return self._squares / max(1, self.count - 1)
+
+
+def weight_of(model: nn.Module, module: str) -> Tensor:
+    """The weight of a named module of the plain model, adapters left out, detached."""
+    weight = dense(plain_model(model).get_submodule(module)).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def is_matrix(model: nn.Module, part: Part) -> bool:
+    """Whether a part is a matrix (a norm's gain is not)."""
+    return weight_of(model, part.module).ndim == 2
+
+
+def per_unit(part: Part, entries: Tensor, units: int) -> Tensor:
+    """Sums over each unit's entries: ``(rows or columns,)`` to ``(units,)``, shared ones counted in full."""
+    return (
+        entries.unflatten(0, (units // part.share, part.width)).sum(1).repeat_interleave(part.share)
+    )
+
+
+def contributions(model: nn.Module, site: Site, activations: Tensor) -> Tensor:
+    """Norm of what each unit writes: ``norm(W[:, unit] x_unit)``.
+
+    Args:
+        model: The model.
+        site: The site.
+        activations: ``(units * width,)``.
+
+    Returns:
+        Float64 ``(units,)``.
+    """
+    weight = weight_of(model, site.writes.module).double()
+    parts = activations.to(weight).unflatten(0, (site.units, site.width))
+    if site.width == 1:
+        return parts[:, 0].abs() * weight.norm(dim=0)
+    return torch.einsum("ouw,uw->uo", weight.unflatten(1, (site.units, site.width)), parts).norm(
+        dim=1
+    )
+
+
+def forward(model: PreTrainedModel, batch: Batch, keep_logits: int = 1) -> Tensor:
+    """One forward pass; logits ``(prompts, keep_logits or tokens, vocabulary)``.
+
+    Locators that read activations only need no logits of the whole sequence; ``keep_logits=0``
+    keeps all.
+    """
+    output = model(**batch.inputs, use_cache=False, logits_to_keep=keep_logits)
+    return output.logits

@@ -1,0 +1,68 @@
+"""``snip``: units whose weights the loss of safe answers depends on, and that of others does not."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from safeft.locate.gradients import gradients_of, response_loss
+from safeft.locate.scores import Scores, Side, forward, is_matrix, per_unit, weight_of
+from safeft.prompts import Batch
+from safeft.sites import Site
+
+
+class SnipFitter:
+    """``abs(W * dL/dW)`` summed over a unit's weights, ``L`` the answers' negative log-likelihood.
+
+    Source: Wei et al. 2024 (arXiv 2402.05162), SNIP scores of safety without those of utility. The
+    absolute value is taken per batch; ``batch_size=1`` gives the paper's mean over single
+    examples. One forward and backward pass; each gradient is reduced and freed as it arises.
+    """
+
+    needs_responses = True
+
+    def __init__(self, model: PreTrainedModel, sites: Mapping[str, Site]) -> None:
+        self._model, self._sites = model, sites
+        self._parts = {
+            part.module: (part, site.units)
+            for site in sites.values()
+            for part in site.parts
+            if is_matrix(model, part)
+        }
+        self._sums: dict[tuple[Side, str], Tensor] = {}
+        self._batches: dict[Side, int] = {"harmful": 0, "benign": 0}
+
+    def update(self, side: Side, batch: Batch) -> None:
+        """One forward and backward pass over ``batch``."""
+        weights = {weight_of(self._model, module): module for module in self._parts}
+
+        def reducer(module: str) -> Callable[[Tensor, Tensor], None]:
+            part, units = self._parts[module]
+
+            def reduce(weight: Tensor, gradient: Tensor) -> None:
+                product = (weight.detach() * gradient).abs().double()
+                entries = product.sum(1 if part.axis == "rows" else 0)
+                key = (side, module)
+                found = per_unit(part, entries, units)
+                self._sums[key] = self._sums[key] + found if key in self._sums else found
+
+            return reduce
+
+        reducers = {module: reducer(module) for module in weights.values()}
+        with gradients_of(self._model, reducers):
+            response_loss(forward(self._model, batch, keep_logits=0), batch).backward()
+        self._batches[side] += 1
+
+    def scores(self) -> Scores:
+        """Each side's mean over batches; units of the utility top are left out when selecting."""
+        return Scores(self._means("harmful"), self._means("benign"), "exclude")
+
+    def _means(self, side: Side) -> dict[str, Tensor]:
+        return {
+            name: torch.stack(
+                [self._sums[side, p.module] for p in site.parts if p.module in self._parts]
+            ).sum(0)
+            / max(1, self._batches[side])
+            for name, site in self._sites.items()
+        }

@@ -1,0 +1,24 @@
+"""Progress bars for long work: tqdm on the first process only, silent elsewhere."""
+
+import os
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks and writes (rank 0, or the only one)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """``items``, with a bar on standard error; leaves nothing behind when done.
+
+    Example:
+        >>> list(progress([1, 2], "counting"))
+        [1, 2]
+    """
+    return tqdm(items, desc=description, total=total, leave=False, disable=not is_main_process())

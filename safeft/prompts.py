@@ -1,0 +1,381 @@
+"""Labelled prompts to batches of tokens: the only file that knows chat templates.
+
+A prompt is a string (one user turn), a list of messages, or a mapping with ``prompt`` or
+``messages`` and, where a method reads answers, a ``response``; what TRL's data sets hold goes in
+unchanged. Everything downstream sees a :class:`Batch` and asks it for tokens by name, so padding
+side and template stay here.
+"""
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from safeft.errors import PromptError
+from safeft.progress import progress
+
+logger = logging.getLogger(__name__)
+
+TokenChoice: TypeAlias = Literal["last_prompt", "post_instruction", "prompt", "response"]
+"""Which tokens of a batch are read; see :meth:`Batch.choose`."""
+
+PromptLike: TypeAlias = "str | Sequence[Mapping[str, str]] | Mapping[str, Any] | Prompt"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a user says, as chat messages, and the answer to it where one is given."""
+
+    messages: tuple[Mapping[str, str], ...]
+    response: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The last message's content: what a judge is shown as the question."""
+        return self.messages[-1]["content"]
+
+
+def as_prompts(items: Iterable[PromptLike]) -> list[Prompt]:
+    """Strings, message lists and TRL-style rows as :class:`Prompt` values.
+
+    Raises:
+        PromptError: An item is empty or of a shape that holds no prompt.
+
+    Example:
+        >>> as_prompts(["Hello", {"prompt": "Hi", "response": "Good day"}])[1].response
+        'Good day'
+    """
+    if isinstance(items, str | Mapping):
+        raise PromptError(
+            f"Prompts are given as one {type(items).__name__}; give a list, or each letter would "
+            "count as a prompt."
+        )
+    return [_as_prompt(item, number) for number, item in enumerate(items)]
+
+
+def _as_prompt(item: PromptLike, number: int) -> Prompt:
+    if isinstance(item, Prompt):
+        return item
+    if isinstance(item, Mapping):
+        body = item.get("prompt", item.get("messages"))
+        if body is None:
+            raise PromptError(
+                f"Prompt {number} has the keys {sorted(item)}; a mapping needs `prompt` or "
+                "`messages` so that it can be put into the chat template."
+            )
+        answer = item.get("response", item.get("completion"))
+        if isinstance(answer, Sequence) and not isinstance(answer, str):
+            answer = answer[-1].get("content") if answer else None
+        prompt = _as_prompt(body, number)
+        return prompt if answer is None else replace(prompt, response=str(answer))
+    if isinstance(item, str):
+        if not item.strip():
+            raise PromptError(
+                f"Prompt {number} is empty. An empty prompt would be located on template tokens "
+                "alone; remove it."
+            )
+        return Prompt(({"role": "user", "content": item},))
+    messages = tuple(item) if isinstance(item, Sequence) else ()
+    if not messages or not all(
+        isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str)
+        for m in messages
+    ):
+        raise PromptError(
+            f"Prompt {number} is {item!r}; give a string, or a list of messages with `role` and "
+            "`content` (text)."
+        )
+    if messages[-1]["role"] == "assistant":
+        if len(messages) == 1:
+            raise PromptError(
+                f"Prompt {number} has only an assistant message; a prompt needs a user turn."
+            )
+        return Prompt(messages[:-1], messages[-1]["content"])
+    return Prompt(messages)
+
+
+def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
+    """Prompts from a file: ``.txt`` one a line, ``.csv``, ``.jsonl``, or ``.json`` (a list).
+
+    Args:
+        path: The file. In a table, rows with an empty cell are skipped.
+        column: The column or key that holds the prompt. Needed only where a row has several and
+            none of them is called ``prompt``, ``instruction``, ``question``, ``goal`` or ``text``.
+
+    Raises:
+        PromptError: No such file, no such column, no readable row; each message names the file.
+
+    Example:
+        ``read_prompts("advbench/harmful_behaviors.csv", column="goal")``
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptError(
+            f"There is no prompt file {str(path)!r}. Give the path of an existing file."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _rows(path.suffix.lower(), text)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise PromptError(
+            f"{str(path)!r} cannot be read as {path.suffix or 'text'}: {error}. "
+            "Save it as UTF-8 text (one prompt a line), CSV, JSON or JSONL."
+        ) from error
+    cells = (row if isinstance(row, str) else _cell(row, column, path) for row in rows)
+    prompts = [cell.strip() for cell in cells if cell.strip()]
+    if not prompts:
+        raise PromptError(
+            f"{str(path)!r} holds no prompt. Nothing can be located or measured on it."
+        )
+    return prompts
+
+
+def _rows(suffix: str, text: str) -> list[Any]:
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if suffix == ".json":
+        rows = json.loads(text)
+        return rows if isinstance(rows, list) else [rows]
+    return text.split("\n")
+
+
+_USUAL_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
+
+
+def _cell(row: Any, column: str | None, path: Path) -> str:
+    if not isinstance(row, Mapping):
+        raise PromptError(f"{str(path)!r} holds the row {row!r}; a row is a string or a mapping.")
+    if column is None:
+        usual = [name for name in _USUAL_COLUMNS if name in row] or list(row)[: len(row) == 1]
+        if not usual:
+            raise PromptError(
+                f"{str(path)!r} has the columns {list(row)}; say which holds the prompt (`column`)."
+            )
+        column = usual[0]
+    if column not in row:
+        raise PromptError(
+            f"{str(path)!r} has no column {column!r}; it has {list(row)}. Name one of these."
+        )
+    value = row[column]
+    return value if isinstance(value, str) else ("" if value is None else str(value))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tokens of several prompts, each followed by its response where there is one.
+
+    Attributes:
+        input_ids: ``(prompts, tokens)`` int64.
+        attention_mask: ``(prompts, tokens)`` int64, 0 on padding of either side.
+        is_prompt: ``(prompts, tokens)`` bool, template tokens included.
+        is_response: ``(prompts, tokens)`` bool.
+        tail: How many template tokens follow the instruction.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    is_prompt: Tensor
+    is_response: Tensor
+    tail: int
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a forward pass; positions count real tokens, so left padding is right."""
+        positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": positions,
+        }
+
+    def choose(self, choice: TokenChoice) -> Tensor:
+        """``(prompts, tokens)`` bool: the tokens that ``choice`` names.
+
+        ``last_prompt`` is the token whose output starts the answer, ``post_instruction`` the
+        template tokens after the instruction (that one included), ``prompt`` all of the prompt.
+        """
+        if choice == "response":
+            return self.is_response
+        if choice == "prompt":
+            return self.is_prompt
+        from_end = self.is_prompt.flip(-1).cumsum(-1).flip(-1)
+        return self.is_prompt & (from_end <= (1 if choice == "last_prompt" else self.tail))
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    max_length: int = 1024,
+    chat_template: str | None = None,
+    description: str = "",
+) -> Iterator[Batch]:
+    """Batches of ``prompts``, of like length within a window, so that little is spent on padding.
+
+    Order is therefore not kept; statistics do not depend on it. A prompt above ``max_length`` tokens
+    loses its beginning, never the template tokens that start the answer.
+
+    Raises:
+        PromptError: The tokenizer has no chat template and none is given.
+    """
+    tail = post_instruction_length(tokenizer, chat_template)
+    pad = _pad_token(tokenizer)
+    left = tokenizer.padding_side == "left"
+    window = 64 * batch_size
+    starts = range(0, len(prompts), window)
+    truncated = 0
+    bar = iter(progress(range(-(-len(prompts) // batch_size)), description or "batches"))
+    for start in starts:
+        pairs: list[tuple[list[int], list[int]]] = []
+        for prompt in prompts[start : start + window]:
+            ids = _ids(tokenizer, render(tokenizer, prompt, chat_template))
+            answer = [] if prompt.response is None else _ids(tokenizer, prompt.response)
+            if len(ids) + len(answer) > max_length:
+                truncated += 1
+                answer = answer[: max(max_length // 2, max_length - len(ids))]
+            pairs.append((ids[-(max_length - len(answer)) :], answer))
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        for first in range(0, len(pairs), batch_size):
+            next(bar, None)
+            yield _pad(pairs[first : first + batch_size], pad, left, tail, device)
+    next(bar, None)
+    if truncated:
+        logger.warning("%d prompts were longer than %d tokens and were cut.", truncated, max_length)
+
+
+def _pad(
+    pairs: Sequence[tuple[list[int], list[int]]],
+    pad: int,
+    left: bool,
+    tail: int,
+    device: torch.device | str,
+) -> Batch:
+    width = max(len(ids) + len(answer) for ids, answer in pairs)
+    input_ids = torch.full((len(pairs), width), pad)
+    is_prompt = torch.zeros(len(pairs), width, dtype=torch.bool)
+    is_response = torch.zeros_like(is_prompt)
+    for row, (ids, answer) in enumerate(pairs):
+        start = width - len(ids) - len(answer) if left else 0
+        middle, end = start + len(ids), start + len(ids) + len(answer)
+        input_ids[row, start:end] = torch.tensor(ids + answer)
+        is_prompt[row, start:middle] = True
+        is_response[row, middle:end] = True
+    attention = (is_prompt | is_response).long()
+    moved = (tensor.to(device) for tensor in (input_ids, attention, is_prompt, is_response))
+    return Batch(*moved, tail=tail)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None
+) -> str:
+    """The prompt as the model's own template writes it, up to where the answer starts.
+
+    Templates that can open a chain of thought (``enable_thinking``) are asked not to: refusal is
+    read off the first tokens of the answer.
+
+    Raises:
+        PromptError: No chat template, or the template refuses these messages.
+    """
+    if chat_template is None and tokenizer.chat_template is None:
+        raise PromptError(
+            "The tokenizer has no chat template, so it is unknown where a prompt ends and an answer "
+            "starts; locating on bare text would read the wrong tokens. Use the chat model's own "
+            "tokenizer, or give a Jinja template (`chat_template`, or --chat_template_path FILE)."
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in prompt.messages],
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+    except Exception as error:  # Jinja and transformers raise many kinds here; all mean the same.
+        raise PromptError(
+            f"The chat template cannot write {prompt.text[:60]!r}: {error}. "
+            "Check the roles of its messages against the template."
+        ) from error
+    return str(text)
+
+
+def post_instruction_length(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> int:
+    """How many template tokens stand between the end of the instruction and the answer (at least 1)."""
+    first, second = (
+        _ids(tokenizer, render(tokenizer, prompt, chat_template))
+        for prompt in as_prompts(["Alpha one", "Beta two"])
+    )
+    same = 0
+    while same < min(len(first), len(second)) and first[-1 - same] == second[-1 - same]:
+        same += 1
+    return max(same, 1)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)  # pyright: ignore[reportArgumentType]
+    raise PromptError(
+        "The tokenizer has neither a pad nor an end-of-sequence token, so prompts of unlike length "
+        "cannot share a batch. Set `tokenizer.pad_token`."
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    chat_template: str | None = None,
+    description: str = "generating",
+) -> list[str]:
+    """The model's own greedy answers, one a prompt, in the order given.
+
+    Greedy means greedy: a repetition penalty in the checkpoint's generation settings is not used.
+    """
+    rendered = [_ids(tokenizer, render(tokenizer, p, chat_template))[-max_length:] for p in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(rendered[index]))
+    pad = _pad_token(tokenizer)
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in progress(range(0, len(order), batch_size), description):
+            chosen = order[start : start + batch_size]
+            batch = _pad([(rendered[i], []) for i in chosen], pad, True, 1, model.device)
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                pad_token_id=pad,
+            )
+            tails = output[:, batch.input_ids.shape[1] :]
+            for index, text in zip(
+                chosen, tokenizer.batch_decode(tails, skip_special_tokens=True), strict=True
+            ):
+                answers[index] = text.strip()
+    finally:
+        model.train(was_training)
+    return answers

@@ -1,0 +1,200 @@
+"""Rows and columns of named weights, from a model in memory or from a safetensors checkpoint.
+
+A checkpoint is read slice by slice: verifying a 70B model needs no more memory than one block of
+rows. Names are those of the plain model (``model.layers.0.mlp.up_proj.weight``).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from safeft.errors import ArtefactError
+from safeft.sites import Axis, Part, Site, dense, plain_model
+
+_BLOCK_BYTES = 64 * 2**20
+
+
+class Weights(Protocol):
+    """Something that holds named weights and gives slices of them."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a weight, or None where there is none of that name."""
+        ...
+
+    def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
+        """``(entries, ...)`` on the CPU: the rows, or the columns transposed, in stored dtype."""
+        ...
+
+    def names(self) -> list[str]:
+        """All weights' names, sorted."""
+        ...
+
+
+class ModelWeights:
+    """Weights of a model in memory; under an adapter, those of the base layers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = plain_model(model)
+
+    def _find(self, name: str) -> Tensor | None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            found = getattr(dense(self._model.get_submodule(path)), leaf, None)
+        except AttributeError:
+            return None
+        return found.detach() if isinstance(found, Tensor) else None
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See :class:`Weights`."""
+        found = self._find(name)
+        return None if found is None else tuple(found.shape)
+
+    def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
+        """See :class:`Weights`."""
+        found = self._find(name)
+        if found is None:
+            raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
+        return take(found, axis, entries).cpu()
+
+    def names(self) -> list[str]:
+        """See :class:`Weights`."""
+        return sorted(name for name, _ in self._model.named_parameters())
+
+
+class CheckpointWeights:
+    """Weights of a folder of safetensors files (one file, or shards with an index).
+
+    Use as a context manager; files are opened on first use and closed at the end.
+
+    Raises:
+        ArtefactError: No safetensors there, or a file that is truncated or not safetensors.
+    """
+
+    def __init__(self, folder: str | Path, stem: str = "model") -> None:
+        self.folder = Path(folder)
+        self._files = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._where = self._index(stem)
+
+    def _index(self, stem: str) -> dict[str, str]:
+        index = self.folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ArtefactError(f"{str(index)!r} is not a shard index: {error}.") from error
+        single = f"{stem}.safetensors"
+        if not (self.folder / single).is_file():
+            raise ArtefactError(
+                f"{str(self.folder)!r} holds no {single} and no shard index, so there are no "
+                "weights to read. Give the folder of a saved model or adapter (safetensors; "
+                "pickled .bin files are not read)."
+            )
+        return {name: single for name in self._file(single).keys()}  # noqa: SIM118
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            path = self.folder / name
+            try:
+                self._open[name] = self._files.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ArtefactError(
+                    f"{str(path)!r} cannot be read as safetensors ({error}); it is missing, "
+                    "truncated or damaged. Copy or save it again."
+                ) from error
+        return self._open[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+        self._open.clear()
+
+    def names(self) -> list[str]:
+        """See :class:`Weights`."""
+        return sorted(self._where)
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._where:
+            raise ArtefactError(f"{str(self.folder)!r} has no weight {name!r}.")
+        try:
+            return self._file(self._where[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ArtefactError(
+                f"{str(self.folder)!r}: the index names {name!r} in {self._where[name]!r}, which "
+                f"does not hold it ({error})."
+            ) from error
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See :class:`Weights`."""
+        return tuple(self._slice(name).get_shape()) if name in self._where else None
+
+    def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
+        """See :class:`Weights`."""
+        weight = self._slice(name)
+        if axis == "rows":
+            runs = [weight[first : last + 1] for first, last in runs_of(entries)]
+            return torch.cat(runs) if runs else weight[0:0]
+        return torch.cat([take(block, axis, entries) for block in self._blocks(weight)], dim=1)
+
+    @staticmethod
+    def _blocks(weight: Any) -> Iterator[Tensor]:
+        rows, *rest = weight.get_shape()
+        step = max(1, _BLOCK_BYTES // (4 * max(1, torch.Size(rest).numel())))
+        for first in range(0, rows, step):
+            yield weight[first : first + step]
+
+
+def take(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
+    """Rows of ``weight``, or its columns transposed: ``(entries, ...)``, a copy."""
+    picked = weight.index_select(0 if axis == "rows" else 1, entries.to(weight.device))
+    return picked if axis == "rows" else picked.T.contiguous()
+
+
+def runs_of(entries: Tensor) -> list[tuple[int, int]]:
+    """Sorted numbers as inclusive runs: ``[1, 2, 5]`` is ``[(1, 2), (5, 5)]``."""
+    runs: list[tuple[int, int]] = []
+    for entry in entries.tolist():
+        if runs and entry == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], entry)
+        else:
+            runs.append((entry, entry))
+    return runs
+
+
+def part_tensors(weights: Weights, part: Part) -> list[str]:
+    """Names of the weights a part lies in: the matrix, and the bias of the rows it reads with."""
+    names = [f"{part.module}.weight"]
+    if part.axis == "rows" and weights.shape(f"{part.module}.bias") is not None:
+        names.append(f"{part.module}.bias")
+    return names
+
+
+def digests(weights: Weights, site: Site, units: Sequence[int]) -> tuple[int, ...]:
+    """One 64-bit BLAKE2b digest per unit of all weights the unit lives in, as signed integers.
+
+    Weights are rounded to bfloat16 first, so that the same checkpoint gives the same digest
+    whether it was loaded in float32 or bfloat16; exactness is the certificate's business.
+    """
+    chosen = torch.tensor(units, dtype=torch.long)
+    hashes = [hashlib.blake2b(digest_size=8) for _ in units]
+    for part in site.parts:
+        blocks = chosen.div(part.share, rounding_mode="floor")
+        distinct, which = torch.unique(blocks, return_inverse=True)
+        if not len(distinct):
+            continue
+        entries = part.entries(chosen)
+        for name in part_tensors(weights, part):
+            rounded = weights.read(name, part.axis, entries).to(torch.bfloat16).contiguous()
+            rows = rounded.view(torch.int16).reshape(len(distinct), -1).numpy()
+            for unit_hash, row in zip(hashes, which.tolist(), strict=True):
+                unit_hash.update(rows[row].tobytes())
+    return tuple(int.from_bytes(h.digest(), "little", signed=True) for h in hashes)
