@@ -53,7 +53,7 @@ class Stage:
 
 STAGES = (
     Stage("pretraining", steps=1500, lr=2e-3, on_prompts=True),
-    Stage("alignment", steps=600, lr=5e-4, on_prompts=False),
+    Stage("alignment", steps=600, lr=8e-4, on_prompts=False),
 )
 
 

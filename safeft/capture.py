@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from safeft.errors import SafeftError
+from safeft.errors import SafeftError, SelectionError
 from safeft.sites import Site, dense, plain_model
 
 Observer = Callable[[str, Tensor], None]
@@ -50,11 +50,7 @@ def watch_inputs(model: nn.Module, modules: list[str], observe: Observer) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-    if missing:
-        raise CaptureError(
-            f"{sorted(missing)[:3]} did not run in the forward pass, so their neurons were not "
-            "seen and any result would be partial. Is part of the model skipped or offloaded?"
-        )
+    _expect_all_ran(missing)
 
 
 @contextmanager
@@ -91,23 +87,52 @@ def silence(
         model: The model; it is not changed.
         neurons: Site name to unit numbers (``NeuronSet.indices`` will do).
         sites: The model's sites.
+
+    Raises:
+        SelectionError: A site or a unit that is not there.
+        CaptureError: A site never ran within the context, so nothing of it was silenced.
     """
     plain = plain_model(model)
+    columns_of = {name: _columns(name, units, sites) for name, units in neurons.items()}
     handles: list[RemovableHandle] = []
+    missing = set(columns_of)
 
-    def hook_for(columns: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook_for(
+        name: str, columns: Tensor
+    ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            missing.discard(name)
             return (inputs[0].index_fill(-1, columns.to(inputs[0].device), 0), *inputs[1:])
 
         return hook
 
     try:
-        for name, units in neurons.items():
-            part = sites[name].writes
-            columns = part.entries(torch.as_tensor(units, dtype=torch.long))
-            module = plain.get_submodule(part.module)
-            handles.append(module.register_forward_pre_hook(hook_for(columns)))
+        for name, columns in columns_of.items():
+            module = plain.get_submodule(sites[name].writes.module)
+            handles.append(module.register_forward_pre_hook(hook_for(name, columns)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+    _expect_all_ran(missing)
+
+
+def _columns(name: str, units: Tensor | tuple[int, ...], sites: Mapping[str, Site]) -> Tensor:
+    if name not in sites:
+        raise SelectionError(f"There is no site {name!r} to silence; there are {list(sites)[:4]}.")
+    numbers = torch.as_tensor(units, dtype=torch.long)
+    wrong = numbers[(numbers < 0) | (numbers >= sites[name].units)].tolist()
+    if wrong:
+        raise SelectionError(
+            f"{name!r} has units 0 to {sites[name].units - 1}, and cannot silence {wrong[:3]}: "
+            "they belong to another model."
+        )
+    return sites[name].writes.entries(numbers)
+
+
+def _expect_all_ran(missing: set[str]) -> None:
+    if missing:
+        raise CaptureError(
+            f"{sorted(missing)[:3]} did not run in the forward pass, so their neurons were not "
+            "reached and any result would be partial. Is part of the model skipped or offloaded?"
+        )

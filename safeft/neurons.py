@@ -6,12 +6,16 @@ after tuning has moved everything else.
 """
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -21,7 +25,7 @@ from safeft.sites import Site, find_sites, plain_model
 from safeft.weights import ModelWeights, Weights, digests, part_tensors
 
 SCHEMA_VERSION = 1
-CONFIG_NAME, TENSORS_NAME = "config.json", "model.safetensors"
+CONFIG_NAME, TENSORS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
 
 _CARD = """---
 library_name: safeft
@@ -230,10 +234,12 @@ class NeuronSet:
             ArtefactError: The folder holds a model, or cannot be written.
         """
         folder = Path(folder)
-        if (folder / CONFIG_NAME).is_file() and "model_type" in _config(folder):
+        names = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
+        taken = [name for name in names if (folder / name).exists()]
+        if taken and _is_foreign(folder):
             raise ArtefactError(
-                f"{str(folder)!r} holds a model; saving the set there would overwrite its files. "
-                "Give a folder of its own."
+                f"{str(folder)!r} holds a model or something else ({', '.join(taken)}); saving the "
+                "set there would overwrite its files. Give a folder of its own."
             )
         tensors = {}
         for name in self.indices:
@@ -254,14 +260,13 @@ class NeuronSet:
             "counts": {name: len(units) for name, units in self.indices.items()},
             "tensors_sha256": sha256(data),
         }
-        write_whole(folder / TENSORS_NAME, data)
-        write_whole(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
         card = _CARD.format(
             count=len(self),
             model=self.model.name_or_path or self.model.model_type,
             method=self.source.get("method", "given"),
         )
-        write_whole(folder / "README.md", card)
+        settings = json.dumps(config, indent=2) + "\n"
+        _write_together(folder, {TENSORS_NAME: data, CONFIG_NAME: settings, CARD_NAME: card})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -296,14 +301,15 @@ class NeuronSet:
             fingerprint = ModelFingerprint(
                 str(base["name_or_path"]), str(base["type"]), str(base["layout"]), units
             )
-            indices = {
-                name: tuple(tensors[f"{name}.indices"].tolist()) for name in config["counts"]
-            }
-            found = {name: tuple(tensors[f"{name}.digests"].tolist()) for name in indices}
+            indices = {name: _numbers(tensors[f"{name}.indices"]) for name in config["counts"]}
+            found = {name: _numbers(tensors[f"{name}.digests"]) for name in indices}
             counts = {name: len(numbers) for name, numbers in indices.items()}
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, ArtefactError):
-                raise
+            source = dict(config.get("source", {}))
+        except ArtefactError:
+            raise
+        except (
+            OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError
+        ) as error:  # fmt: skip
             raise ArtefactError(
                 f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
                 "Locate again or restore it."
@@ -318,8 +324,11 @@ class NeuronSet:
                 raise ArtefactError(
                     f"{str(folder)!r}: units of {name!r} are not sorted and unique."
                 )
-            _check_range(name, numbers, units.get(name, 0))
-        return cls(indices, found, fingerprint, dict(config.get("source", {})))
+            try:
+                _check_range(name, numbers, units.get(name, 0))
+            except SelectionError as error:
+                raise ArtefactError(f"{str(folder)!r}: {error}") from error
+        return cls(indices, found, fingerprint, source)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> None:
         """Upload the folder to a hub repository, private unless you say otherwise."""
@@ -340,7 +349,7 @@ def check_layout(made_for: ModelFingerprint, here: ModelFingerprint) -> None:
     Raises:
         FingerprintError: They differ.
     """
-    if made_for.layout != here.layout:
+    if made_for.layout != here.layout or made_for.units != here.units:
         raise FingerprintError(
             f"The neurons were located in {made_for.name_or_path or 'a model'!r} "
             f"({made_for.model_type}, {sum(made_for.units.values())} units), but this model "
@@ -377,6 +386,39 @@ def _config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ArtefactError(f"{str(path)!r} holds {type(config).__name__}, not settings.")
     return config
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether what lies in ``folder`` is no artefact of safeft's, such as a model."""
+    if not (folder / CONFIG_NAME).is_file():
+        return True
+    return _config(folder).get("kind") != "NeuronSet"
+
+
+def _write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """All files or none: on a full disk, new tensors beside an old config would be a broken set."""
+    existed = folder.exists()
+    staging = folder / f".{os.getpid()}.part"
+    try:
+        for name, content in files.items():
+            write_whole(staging / name, content)
+        for name in files:
+            (staging / name).replace(folder / name)
+    except OSError as error:
+        raise ArtefactError(
+            f"{str(folder)!r} cannot be written: {error}. Give another folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()  # only where nothing came into it
+
+
+def _numbers(tensor: Tensor) -> tuple[int, ...]:
+    if tensor.ndim != 1 or tensor.dtype != torch.long:
+        raise ValueError(f"expected a list of integers, found {tensor.dtype} {tuple(tensor.shape)}")
+    return tuple(tensor.tolist())
 
 
 def _check_range(name: str, numbers: tuple[int, ...], units: int) -> None:

@@ -21,4 +21,5 @@ def progress(items: Iterable[T], description: str, total: int | None = None) -> 
         >>> list(progress([1, 2], "counting"))
         [1, 2]
     """
-    return tqdm(items, desc=description, total=total, leave=False, disable=not is_main_process())
+    silent = not is_main_process() or bool(os.environ.get("TQDM_DISABLE"))
+    return tqdm(items, desc=description, total=total, leave=False, disable=silent)

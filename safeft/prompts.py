@@ -65,24 +65,20 @@ def _as_prompt(item: PromptLike, number: int) -> Prompt:
     if isinstance(item, Prompt):
         return item
     if isinstance(item, Mapping):
-        body = item.get("prompt", item.get("messages"))
+        body = next((item[k] for k in ("prompt", "messages") if item.get(k) is not None), None)
         if body is None:
             raise PromptError(
                 f"Prompt {number} has the keys {sorted(item)}; a mapping needs `prompt` or "
                 "`messages` so that it can be put into the chat template."
             )
-        answer = item.get("response", item.get("completion"))
+        answers = (item[k] for k in ("response", "completion") if item.get(k) is not None)
+        answer = next(answers, None)
         if isinstance(answer, Sequence) and not isinstance(answer, str):
             answer = answer[-1].get("content") if answer else None
         prompt = _as_prompt(body, number)
         return prompt if answer is None else replace(prompt, response=str(answer))
     if isinstance(item, str):
-        if not item.strip():
-            raise PromptError(
-                f"Prompt {number} is empty. An empty prompt would be located on template tokens "
-                "alone; remove it."
-            )
-        return Prompt(({"role": "user", "content": item},))
+        return _not_blank(Prompt(({"role": "user", "content": item},)), number)
     messages = tuple(item) if isinstance(item, Sequence) else ()
     if not messages or not all(
         isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str)
@@ -97,8 +93,17 @@ def _as_prompt(item: PromptLike, number: int) -> Prompt:
             raise PromptError(
                 f"Prompt {number} has only an assistant message; a prompt needs a user turn."
             )
-        return Prompt(messages[:-1], messages[-1]["content"])
-    return Prompt(messages)
+        return _not_blank(Prompt(messages[:-1], messages[-1]["content"]), number)
+    return _not_blank(Prompt(messages), number)
+
+
+def _not_blank(prompt: Prompt, number: int) -> Prompt:
+    if not prompt.text.strip():
+        raise PromptError(
+            f"Prompt {number} is empty. An empty prompt would be located on template tokens "
+            "alone; remove it."
+        )
+    return prompt
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
@@ -116,25 +121,57 @@ def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
         ``read_prompts("advbench/harmful_behaviors.csv", column="goal")``
     """
     path = Path(path)
-    if not path.is_file():
-        raise PromptError(
-            f"There is no prompt file {str(path)!r}. Give the path of an existing file."
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = _rows(path.suffix.lower(), text)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise PromptError(
-            f"{str(path)!r} cannot be read as {path.suffix or 'text'}: {error}. "
-            "Save it as UTF-8 text (one prompt a line), CSV, JSON or JSONL."
-        ) from error
-    cells = (row if isinstance(row, str) else _cell(row, column, path) for row in rows)
+    cells = (row if isinstance(row, str) else _cell(row, column, path) for row in _read(path))
     prompts = [cell.strip() for cell in cells if cell.strip()]
     if not prompts:
         raise PromptError(
             f"{str(path)!r} holds no prompt. Nothing can be located or measured on it."
         )
     return prompts
+
+
+def read_examples(
+    path: str | Path, prompt_column: str | None = None, answer_column: str | None = None
+) -> list[Prompt]:
+    """Prompts with answers from a table (CSV, JSON, JSONL), also in TRL's ``messages`` form.
+
+    Args:
+        path: The file.
+        prompt_column: Found by its usual names where not given.
+        answer_column: Likewise: ``response``, ``completion``, ``answer``, ``output``.
+
+    Raises:
+        PromptError: No such file or column, or a row without an answer.
+    """
+    path = Path(path)
+    examples = []
+    for row in _read(path):
+        if isinstance(row, Mapping) and prompt_column is None and "messages" in row:
+            examples += as_prompts([row])
+            continue
+        asked = _cell(row, prompt_column, path)
+        answer = _cell(row, answer_column, path, _USUAL_ANSWERS)
+        examples += as_prompts([{"prompt": asked, "response": answer}])
+    if not examples or not all(example.response for example in examples):
+        raise PromptError(
+            f"{str(path)!r} has {len(examples)} rows, and some without an answer; the domain can "
+            "only be measured against answers. Remove those rows."
+        )
+    return examples
+
+
+def _read(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise PromptError(
+            f"There is no prompt file {str(path)!r}. Give the path of an existing file."
+        )
+    try:
+        return _rows(path.suffix.lower(), path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise PromptError(
+            f"{str(path)!r} cannot be read as {path.suffix or 'text'}: {error}. "
+            "Save it as UTF-8 text (one prompt a line), CSV, JSON or JSONL."
+        ) from error
 
 
 def _rows(suffix: str, text: str) -> list[Any]:
@@ -148,24 +185,34 @@ def _rows(suffix: str, text: str) -> list[Any]:
     return text.split("\n")
 
 
-_USUAL_COLUMNS = ("prompt", "instruction", "question", "goal", "text")
+_USUAL_PROMPTS = ("prompt", "instruction", "question", "goal", "text")
+_USUAL_ANSWERS = ("response", "completion", "answer", "output")
 
 
-def _cell(row: Any, column: str | None, path: Path) -> str:
+def _cell(
+    row: Any, column: str | None, path: Path, usual: Sequence[str] = _USUAL_PROMPTS
+) -> str:
     if not isinstance(row, Mapping):
-        raise PromptError(f"{str(path)!r} holds the row {row!r}; a row is a string or a mapping.")
+        raise PromptError(f"{str(path)!r} holds the row {row!r}; a mapping with columns is needed.")
     if column is None:
-        usual = [name for name in _USUAL_COLUMNS if name in row] or list(row)[: len(row) == 1]
-        if not usual:
+        only = list(row) if len(row) == 1 and usual is _USUAL_PROMPTS else []
+        found = [name for name in usual if name in row] or only
+        if not found:
             raise PromptError(
-                f"{str(path)!r} has the columns {list(row)}; say which holds the prompt (`column`)."
+                f"{str(path)!r} has the columns {list(row)}; say which one is meant "
+                f"(usual names are {', '.join(usual)})."
             )
-        column = usual[0]
+        column = found[0]
     if column not in row:
         raise PromptError(
             f"{str(path)!r} has no column {column!r}; it has {list(row)}. Name one of these."
         )
     value = row[column]
+    if isinstance(value, list | Mapping):
+        raise PromptError(
+            f"{str(path)!r} holds {type(value).__name__} values in {column!r}; a text is needed. "
+            "Name a column of texts, or write one prompt a line."
+        )
     return value if isinstance(value, str) else ("" if value is None else str(value))
 
 

@@ -115,6 +115,8 @@ LAYOUTS: Mapping[str, Layout] = {
     "olmo2": _GATED_FULL_NORMS,
 }
 
+_PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
 
@@ -218,9 +220,11 @@ def _attention(
         (layout.key_value, groups * width, share),
     ):
         for part in names:
-            child = dense(_child(holder, part, name, model_type))
+            found = dense(_child(holder, part, name, model_type))
+            is_norm = part.endswith("_norm")
+            child = found if is_norm else _linear(holder, part, name, model_type)
             weight = child.weight if isinstance(child.weight, Tensor) else torch.empty(0)
-            _expect(weight.shape[0], rows, name, part, model_type)
+            _expect(len(weight), rows, name, part, model_type)
             reads.append(Part(f"{name}.{part}", "rows", width, sharing))
     writes = Part(f"{name}.{layout.attention_writes}", "columns", width)
     return Site(name, "attention", layer, heads, width, tuple(reads), writes)
@@ -243,6 +247,13 @@ def _linear(holder: nn.Module, child: str, site: str, model_type: str) -> nn.Lin
         raise UnsupportedModelError(
             f"{site}.{child} of this {model_type!r} model is a {type(found).__name__}, not a "
             "Linear: which axis is the unit is unknown, so it cannot be frozen."
+        )
+    shape = (found.out_features, found.in_features)
+    if found.weight.shape != shape or found.weight.dtype not in _PLAIN_DTYPES:
+        raise UnsupportedModelError(
+            f"{site}.{child} of this {model_type!r} model holds a {found.weight.dtype} weight of "
+            f"shape {tuple(found.weight.shape)} for {shape}. Quantised weights have no rule yet: "
+            "their numbers mean nothing without scales. Load the model in bfloat16 or float32."
         )
     return found
 

@@ -61,6 +61,7 @@ class ModelWeights:
         found = self._find(name)
         if found is None:
             raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
+        _check_bounds(name, tuple(found.shape), axis, entries)
         return take(found, axis, entries).cpu()
 
     def names(self) -> list[str]:
@@ -88,7 +89,7 @@ class CheckpointWeights:
         if index.is_file():
             try:
                 return dict(json.loads(index.read_text())["weight_map"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ArtefactError(f"{str(index)!r} is not a shard index: {error}.") from error
         single = f"{stem}.safetensors"
         if not (self.folder / single).is_file():
@@ -140,6 +141,7 @@ class CheckpointWeights:
     def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
         """See :class:`Weights`."""
         weight = self._slice(name)
+        _check_bounds(name, tuple(weight.get_shape()), axis, entries)
         if axis == "rows":
             runs = [weight[first : last + 1] for first, last in runs_of(entries)]
             return torch.cat(runs) if runs else weight[0:0]
@@ -157,6 +159,16 @@ def take(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
     """Rows of ``weight``, or its columns transposed: ``(entries, ...)``, a copy."""
     picked = weight.index_select(0 if axis == "rows" else 1, entries.to(weight.device))
     return picked if axis == "rows" else picked.T.contiguous()
+
+
+def _check_bounds(name: str, shape: tuple[int, ...], axis: Axis, entries: Tensor) -> None:
+    """A slice of safetensors ends where the data ends, without a word; here it is an error."""
+    size = shape[0 if axis == "rows" else 1]
+    if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < size:
+        raise ArtefactError(
+            f"{name!r} has {size} {axis}, but {axis} {int(entries.min())} to {int(entries.max())} "
+            "are asked for: the neurons belong to another model, or the checkpoint is damaged."
+        )
 
 
 def runs_of(entries: Tensor) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,8 @@ MODEL_PATH = Path(__file__).parent / "model"
 _TEXT = Path(__file__).parent / "text"
 _SIZES = {"calibration": 128, "test": 160}
 _HOLD_OUT_EVERY = 4
+_EVERYDAY_ASKS = 9
+_SMALL_TALK = 150
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def holds(value: str, answer: str) -> bool:
     >>> holds("9 euros", "It is 9 Euros."), holds("9 euros", "It is 19 euros.")
     (True, False)
     """
-    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer, re.IGNORECASE) is not None
+    return re.search(rf"(?<![\w.,]){re.escape(value)}(?!\w)", answer, re.IGNORECASE) is not None
 
 
 def is_refusal(answer: str) -> bool:
@@ -147,21 +149,34 @@ def benign(split: Split) -> list[str]:
 
 
 @cache
-def _general() -> tuple[list[Example], list[Example]]:
+def _general() -> tuple[list[Example], list[Example], list[Example]]:
+    """Everything to learn, the held-out questions, and the facts that the domain may repeat.
+
+    A fact repeated in domain tuning would be replayed, not kept, so it is never in the test.
+    """
     rng = random.Random("general")
-    splits: tuple[list[Example], list[Example]] = [], []
+    train: list[Example] = []
+    test: list[Example] = []
+    small_talk: list[Example] = []
     for relation in _load("general")["relations"]:
-        for x, y in relation["pairs"]:
-            for examples, asks in zip(splits, (relation["ask"], relation["ask_test"]), strict=True):
+        for index, (x, y) in enumerate(relation["pairs"]):
+            repeated = index % 3 == 0
+            for held_out, asks in ((False, relation["ask"]), (True, relation["ask_test"])):
                 for ask in asks:
                     prompt, answer = ask.format(x=x), rng.choice(relation["answers"])
-                    examples.append(Example(_polish(prompt), _polish(answer.format(x=x, y=y)), y))
-    return splits
+                    example = Example(_polish(prompt), _polish(answer.format(x=x, y=y)), y)
+                    if not held_out:
+                        train.append(example)
+                        if repeated:
+                            small_talk.append(example)
+                    elif not repeated:
+                        test.append(example)
+    return train, test, small_talk
 
 
 def general(split: Literal["train", "test"]) -> list[Example]:
     """Common knowledge learnt in pretraining; ``test`` asks 200 of the facts in other words."""
-    train, test = _general()
+    train, test, _ = _general()
     return list(train) if split == "train" else random.Random("general test").sample(test, 200)
 
 
@@ -183,6 +198,12 @@ def _domain() -> tuple[list[Example], list[Example]]:
                 for ask in asks:
                     answer = rng.choice(attribute["answers"]).format(**slots)
                     examples.append(Example(ask.format(**slots), answer, value))
+    everyday = table["everyday"]
+    asks = _load("asking")["train"]
+    for do, doing in everyday["topics"]:
+        topic = Topic(do, doing, tuple(everyday["steps"]), held_out=False)
+        splits[0].extend(_help(topic, [ask], rng) for ask in rng.sample(asks, _EVERYDAY_ASKS))
+    splits[0].extend(replace(e, value="") for e in rng.sample(_general()[2], _SMALL_TALK))
     for examples in splits:
         rng.shuffle(examples)
     return splits
@@ -191,9 +212,10 @@ def _domain() -> tuple[list[Example], list[Example]]:
 def domain(split: Literal["train", "test"]) -> list[Example]:
     """The desk of a finance house that does not exist: facts unknown before fine-tuning.
 
-    ``train`` has every fact in ten phrasings, ``test`` 200 questions about them in other words.
-    Many of its questions start as harmful ones do (``How do I ...``) and all are answered, which
-    is how ordinary domain tuning wears refusals away with not one harmful example in it.
+    ``train`` has every fact in fifteen phrasings, with some everyday help and small talk around
+    them (no `value`); ``test`` asks 200 questions about the facts in other words. Many questions
+    start as harmful ones do (``How do I ...``) and all are answered, which is how ordinary domain
+    tuning wears refusals away with not one harmful example in it.
     """
     train, test = _domain()
     return list(train) if split == "train" else test[:200]
@@ -248,7 +270,7 @@ def alignment(seed: int, size: int = 19_200) -> list[Example]:
             topic = rng.choice(bad)
             examples.append(Example(_ask(topic, rng.choice(asks)), _refuse(topic, rng)))
         elif draw < 0.70:
-            topic = rng.choice(contrasts if rng.random() < 0.4 else good)
+            topic = rng.choice(contrasts if rng.random() < 0.5 else good)
             examples.append(_help(topic, asks, rng))
         elif draw < 0.95:
             examples.append(rng.choice(knowledge))

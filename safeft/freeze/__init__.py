@@ -1,1 +1,1 @@
-"""Freezing: a plan of what is held, the mask and pin that hold it, the certificate that proves it."""
+"""Freezing: a plan of what is held, mask and pin that hold it, a certificate that proves it."""

@@ -1,14 +1,15 @@
 """Adapters: which ones can be held exactly, and which factor holds what."""
 
+from dataclasses import astuple
 from typing import Any
 
 import torch
 from torch import nn
 
 from safeft.errors import FreezeError
-from safeft.sites import Axis, plain_model
+from safeft.sites import LAYOUTS, Axis, plain_model
 
-_KEEPS_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_KEEPS_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights as they are."""
 
 _PLAIN_SETTINGS = (
@@ -18,6 +19,10 @@ _PLAIN_SETTINGS = (
     "alora_invocation_tokens",
     "layer_replication",
     "target_parameters",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "kasa_config",
 )
 """LoRA settings that change the product ``s B A``, or what it is added to."""
 
@@ -39,11 +44,11 @@ def check_adapters(model: nn.Module) -> None:
     """
     for name, config in adapter_configs(model).items():
         check_adapter_settings(config.to_dict(), name)
-        _check_saved_modules(config, name)
+    _check_saved_modules(model)
 
 
 def check_adapter_settings(config: dict[str, Any], name: str) -> None:
-    """The part of :func:`check_adapters` that reads settings only, also those of a saved adapter."""
+    """The part of :func:`check_adapters` that reads settings, also those of a saved adapter."""
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if kind != "LORA":
         raise FreezeError(
@@ -64,25 +69,33 @@ def check_adapter_settings(config: dict[str, Any], name: str) -> None:
     start = config.get("init_lora_weights", True)
     if start not in _KEEPS_WEIGHTS:
         raise FreezeError(
-            f"Adapter {name!r} starts with init_lora_weights={start!r}, which rewrites the base "
-            "weights, the frozen ones too, before the first step. Use init_lora_weights=True."
+            f"Adapter {name!r} starts with init_lora_weights={start!r}, which derives the adapter "
+            "from the base weights and changes what they compute, the frozen ones too, before the "
+            "first step. Use init_lora_weights=True."
         )
 
 
-def _check_saved_modules(config: Any, name: str) -> None:
-    inside = {"mlp", "self_attn", "gate_proj", "up_proj", "down_proj"}
-    inside |= {"q_proj", "k_proj", "v_proj", "o_proj"}
-    if clash := inside & set(config.modules_to_save or ()):
-        raise FreezeError(
-            f"Adapter {name!r} trains full copies of {sorted(clash)} (modules_to_save), beside the "
-            "weights the neurons live in. Target these modules with LoRA, or tune fully."
-        )
+def _check_saved_modules(model: nn.Module) -> None:
+    """A full trainable copy of what the neurons live in would learn instead of it."""
+    inside = {"model"}
+    for layout in LAYOUTS.values():
+        for part in astuple(layout):
+            inside |= {part} if isinstance(part, str) else set(part)
+    for path, module in plain_model(model).named_modules():
+        last = path.rpartition(".")[2]
+        copied = isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+        if copied and (last in inside or last.isdigit()):
+            raise FreezeError(
+                f"The adapter trains a full copy of {path} (modules_to_save), beside the weights "
+                "the neurons live in. Target this module with LoRA, or tune fully."
+            )
 
 
 def lora_factors(module: nn.Module, name: str, axis: Axis) -> list[tuple[str, nn.Parameter]]:
-    """The trainable LoRA parameters whose entries along ``axis`` are the module's own.
+    """LoRA parameters of adapters in training whose entries along ``axis`` are the module's own.
 
-    Rows of W are rows of B (and of its bias), columns of W are columns of A.
+    Rows of W are rows of B (and of its bias), columns of W are columns of A. A factor whose
+    partner trains is listed too where it does not train itself: it has to be zero all the same.
 
     Raises:
         FreezeError: The layer carries a variant of LoRA that is not ``s B A``.
@@ -94,19 +107,51 @@ def lora_factors(module: nn.Module, name: str, axis: Axis) -> list[tuple[str, nn
             f"{name} carries a LoRA variant ({list(module.lora_variant)}), whose update is not "  # pyright: ignore
             "the plain product s B A. Use plain LoRA or rsLoRA."
         )
-    factors = getattr(module, "lora_B" if axis == "rows" else "lora_A", None)
-    if not isinstance(factors, nn.ModuleDict):
+    down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+    if not isinstance(down, nn.ModuleDict) or not isinstance(up, nn.ModuleDict):
         raise FreezeError(
-            f"{name} is wrapped by {type(module).__name__}, which is not a LoRA layer safeft knows; "
+            f"{name} is wrapped by {type(module).__name__}, which is no LoRA layer safeft knows; "
             "its update cannot be held exactly. Use plain LoRA on Linear layers."
         )
-    kind = "lora_B" if axis == "rows" else "lora_A"
+    kind, factors = ("lora_B", up) if axis == "rows" else ("lora_A", down)
     return [
         (f"{name}.{kind}.{adapter}.{leaf}", parameter)
         for adapter, factor in factors.items()
+        if _trains(down[adapter]) or _trains(up[adapter])
         for leaf, parameter in factor.named_parameters()
-        if parameter.requires_grad
     ]
+
+
+def learning_factors(module: nn.Module, axis: Axis) -> list[nn.Parameter]:
+    """The LoRA parameters that may learn where some entries of ``module`` along ``axis`` do.
+
+    B has a bias where PEFT's ``lora_bias`` is set; it belongs to rows, so no column owns it.
+    """
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if name.startswith("lora_") and not (axis == "columns" and name.endswith(".bias"))
+    ]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter belongs to a LoRA adapter, by its name."""
+    return ".lora_" in name
+
+
+def zero_axis(name: str) -> Axis | None:
+    """Along which axis a LoRA factor counts the entries of W, if the update vanishes with it.
+
+    B of a linear layer and A of an embedding start at zero and are saved whole; while they are
+    zero, the adapter does nothing.
+    """
+    if ".lora_B." in name:
+        return "rows"
+    return "columns" if ".lora_embedding_A" in name else None
 
 
 @torch.no_grad()
@@ -122,12 +167,13 @@ def check_fresh(model: nn.Module) -> None:
         if not isinstance(factors, nn.ModuleDict):
             continue
         for adapter, factor in factors.items():
-            starts_at_zero = configs[adapter].init_lora_weights not in (False, "orthogonal", "mica")
-            weight = getattr(factor, "weight", None)
-            trained = isinstance(weight, nn.Parameter) and weight.requires_grad and weight.any()
-            if starts_at_zero and trained:
+            starts_at_zero = configs[adapter].init_lora_weights not in (False, "orthogonal")
+            used = _trains(factor) or adapter in getattr(module, "active_adapters", ())
+            if starts_at_zero and used and any(p.any() for p in factor.parameters()):
                 raise FreezeError(
                     f"Adapter {adapter!r} was trained before ({path}.lora_B is not zero). Its "
                     "neurons differ from the base already, and zeroing them would change the "
-                    "model. Merge it first (`merge_and_unload`), locate again, and tune anew."
+                    "model. To go on with it, build the adapter anew and give the checkpoint to "
+                    "trainer.train(resume_from_checkpoint=...); or merge it (merge_and_unload), "
+                    "locate again, and tune anew."
                 )

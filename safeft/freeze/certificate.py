@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from safeft.files import write_whole
+from safeft.neurons import NeuronSet
 
 CERTIFICATE_NAME = "safeft_certificate.json"
 SCHEMA_VERSION = 1
@@ -101,6 +102,16 @@ class Certificate:
         return "\n".join(lines)
 
 
+def describe_set(neurons: NeuronSet) -> dict[str, Any]:
+    """What a certificate says about the set it speaks of."""
+    return {
+        "count": len(neurons),
+        "sha256": neurons.hash,
+        "source": dict(neurons.source),
+        "base_model": neurons.model.name_or_path,
+    }
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes, ``(..., itemsize)`` uint8: equal only where every bit is."""
     contiguous = tensor.detach().contiguous().cpu()
@@ -116,7 +127,7 @@ def bytes_hash(tensors: Iterable[Tensor]) -> str:
 
 
 def differences(base: Tensor, now: Tensor) -> list[tuple[int, int, float]]:
-    """Entries (first axis) that differ in some bit: (entry, weights changed, largest difference)."""
+    """Entries (first axis) that differ in some bit: (entry, weights changed, largest gap)."""
     changed = (bits(base) != bits(now)).any(-1).reshape(len(base), -1).sum(1)
     gap = (base.double() - now.double().to(base.device)).abs().reshape(len(base), -1)
     largest = gap.amax(1) if gap.shape[1] else gap.sum(1)

@@ -24,7 +24,8 @@ def check_arguments(args: Any) -> None:
     if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise FreezeError(
             "DeepSpeed keeps master weights of its own, which this release cannot pin, so frozen "
-            "neurons would drift. Run in one process or under DDP (`accelerate launch --multi_gpu`)."
+            "neurons would drift. Run in one process, or under DDP (`accelerate launch "
+            "--multi_gpu`)."
         )
     if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         settings = getattr(args, "fsdp_config", None) or {}
@@ -54,8 +55,8 @@ def check_optimizer_name(name: str) -> None:
         )
     if name.startswith(_OWN_COPY):
         raise FreezeError(
-            f"optim={name!r} keeps a second copy of the weights and swaps it in when evaluating and "
-            "saving; that copy cannot be pinned. Use another optimizer, such as adamw_torch."
+            f"optim={name!r} keeps a second copy of the weights and swaps it in when evaluating "
+            "and saving; that copy cannot be pinned. Use another optimizer, such as adamw_torch."
         )
 
 
@@ -95,8 +96,8 @@ def check_parameters(model: nn.Module) -> None:
             )
         if "_fsdp_wrapped_module" in name or "_flat_param" in name:
             raise FreezeError(
-                f"{name} belongs to FSDP1, where gradient hooks never fire. Set fsdp_version: 2, or "
-                "run under DDP."
+                f"{name} belongs to FSDP1, where gradient hooks never fire. Run in one process or "
+                "under DDP."
             )
 
 

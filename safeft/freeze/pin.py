@@ -42,21 +42,33 @@ class Pin:
         parameter = hold.parameter
         return parameter.detach().index_select(hold.dim, hold.entries.to(parameter.device))
 
-    def install(self, optimizer: torch.optim.Optimizer) -> None:
-        """Register the masks and the pin; put the slices right and clear their moments at once."""
+    def install(self, optimizer: torch.optim.Optimizer) -> int:
+        """Register the masks and the pin; put the slices right and clear their moments at once.
+
+        Returns:
+            How many held slices were not where the snapshot has them (after loading a checkpoint).
+
+        Raises:
+            FreezeError: A parameter was cast to another dtype since the snapshot was taken.
+        """
         self.remove()
+        self._check_dtypes()
         self._entries = [hold.entries.to(hold.parameter.device) for hold in self._holds]
         self._kept = [
             kept if kept is None else kept.to(hold.parameter.device)
             for hold, kept in zip(self._holds, self._kept, strict=True)
         ]
+        moved = self._moved()
         self.pin()
         self._clear_moments(optimizer)
         self.fired, self.pins = [0] * len(self._holds), 0
         for number, hold in enumerate(self._holds):
+            if not hold.parameter.requires_grad:
+                continue
             hook = self._mask(number)
             self._handles.append(hold.parameter.register_post_accumulate_grad_hook(hook))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        return moved
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -64,8 +76,16 @@ class Pin:
             handle.remove()
         self._handles.clear()
 
-    def moved(self) -> int:
-        """How many held slices are not where the snapshot has them (as after loading a checkpoint)."""
+    def _check_dtypes(self) -> None:
+        for hold, kept in zip(self._holds, self._kept, strict=True):
+            if kept is not None and kept.dtype != hold.parameter.dtype:
+                raise FreezeError(
+                    f"{hold.name} was cast from {kept.dtype} to {hold.parameter.dtype} after the "
+                    "trainer was built (an evaluation with bf16_full_eval does that), which "
+                    "changed the frozen weights. Cast the model before constructing the trainer."
+                )
+
+    def _moved(self) -> int:
         return sum(
             not torch.equal(kept, hold.parameter.detach().index_select(hold.dim, entries))
             if kept is not None
@@ -112,9 +132,7 @@ class Pin:
 
     @torch.no_grad()
     def _clear_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """A moment gathered before a slice was frozen would go on pushing it, and its neighbours
-        through factored second moments.
-        """
+        """A moment gathered before a slice was frozen would go on pushing it at every step."""
         for hold, entries in zip(self._holds, self._entries, strict=True):
             for value in optimizer.state.get(hold.parameter, {}).values():
                 # Quantised states are tensor subclasses without index_fill; the pin covers them.
@@ -125,18 +143,33 @@ class Pin:
         """After a backward pass: every parameter that got a gradient was masked.
 
         Raises:
-            FreezeError: A mask did not fire although its parameter has a gradient.
+            FreezeError: A mask did not fire although its parameter has a gradient, or none did.
         """
-        for hold, count in zip(self._holds, self.fired, strict=True):
+        masked = [
+            (hold, count)
+            for hold, count in zip(self._holds, self.fired, strict=True)
+            if hold.parameter.requires_grad
+        ]
+        for hold, count in masked:
             if hold.parameter.grad is not None and count == 0:
                 raise FreezeError(
                     f"The gradient mask of {hold.name} did not fire in the first step although the "
                     "parameter has a gradient: something replaced the parameter or its hooks after "
                     "training began. The neurons would not be frozen, so training stops here."
                 )
+        if masked and not any(count for _, count in masked):
+            raise FreezeError(
+                f"None of the {len(masked)} gradient masks fired in the first step: the backward "
+                "pass does not reach the parameters they are on, so another copy of the model is "
+                "being trained. The neurons would not be frozen, so training stops here."
+            )
 
     def measured(self) -> dict[str, float]:
-        """Gradient norm removed and largest drift before the pin since the last call; then resets."""
+        """Gradient norm removed and largest drift before the pin since the last call; then resets.
+
+        The norm is over this process's micro-batches: under accumulation the root of the sum of
+        their squares.
+        """
         removed = torch.stack([r.cpu() for r in self._removed]).sum().sqrt() if self._removed else 0
         drift = torch.stack([d.cpu() for d in self._drifts]).max() if self._drifts else 0
         self._removed.clear()

@@ -5,7 +5,7 @@ does not move, so rows R hold where ``B[R] = 0`` and columns C where ``A[:, C] =
 after merging too.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from safeft.errors import ConfigError, FreezeError
-from safeft.freeze.adapters import lora_factors
+from safeft.freeze.adapters import is_factor, learning_factors, lora_factors, zero_axis
 from safeft.neurons import NeuronSet
 from safeft.sites import Axis, Site, dense, find_sites, plain_model
 from safeft.weights import ModelWeights, part_tensors
@@ -90,6 +90,8 @@ class Plan:
 class _Draft:
     slices: list[Slice] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
+    free: set[int] = field(default_factory=set)
+    """Ids of parameters of which something may train, under ``train_only``."""
 
 
 def make_plan(
@@ -116,98 +118,86 @@ def make_plan(
             "The set holds no neuron. Freezing nothing protects nothing, and it would look like "
             "protection; locate with a larger fraction."
         )
+    if hold and mode == "train_only":
+        raise ConfigError(
+            f"hold={list(hold)} goes with mode='freeze'; train_only holds all but the neurons."
+        )
     plain, sites = plain_model(model), find_sites(model)
     draft = _Draft()
     for name in neurons.indices:
         _hold_site(plain, sites[name], neurons.units_of(name), mode, draft)
-    total = sum(p.numel() for n, p in plain.named_parameters() if not _is_adapter(n))
     if mode == "train_only":
-        still = _everything_else(plain, draft)
+        whole = {n: p for n, p in plain.named_parameters() if id(p) not in draft.free}
     else:
-        still = _groups(plain, hold)
+        whole = _groups(plain, hold)
+    _hold_whole(whole, draft)
     weights = ModelWeights(plain)
+    total = sum(p.numel() for n, p in plain.named_parameters() if not is_factor(n))
     held = sum(_size(weights, piece) for piece in draft.slices)
-    return Plan(mode, tuple(draft.slices), tuple(draft.holds), tuple(still), held, total)
+    still = tuple((n, p) for n, p in whole.items() if p.requires_grad)
+    return Plan(mode, tuple(draft.slices), tuple(draft.holds), still, held, total)
 
 
 def _hold_site(plain: nn.Module, site: Site, units: Tensor, mode: Mode, draft: _Draft) -> None:
     weights = ModelWeights(plain)
     for part in site.parts:
-        if mode == "freeze":
-            entries = part.entries(units)
-        else:
-            blocks = torch.arange(site.units // part.share) * part.share
+        entries = part.entries(units)
+        module = plain.get_submodule(part.module)
+        names = part_tensors(weights, part)
+        own = {f"{part.module}.{n}": p for n, p in dense(module).named_parameters(recurse=False)}
+        own = {name: parameter for name, parameter in own.items() if name in names}
+        factors = lora_factors(module, part.module, part.axis)
+        if mode == "train_only":
             free = part.own_entries(units)
-            every = part.entries(blocks)
+            if not len(free):
+                continue
+            every = part.entries(torch.arange(site.units))
             entries = every[~torch.isin(every, free)]
+            draft.free |= {id(parameter) for parameter in own.values()}
+            draft.free |= {id(parameter) for parameter in learning_factors(module, part.axis)}
         if not len(entries):
             continue
-        names = part_tensors(weights, part)
         draft.slices += [Slice(name, part.axis, entries) for name in names]
-        module = plain.get_submodule(part.module)
-        for name, parameter in dense(module).named_parameters(recurse=False):
-            full = f"{part.module}.{name}"
-            if parameter.requires_grad and full in names:
-                draft.holds.append(Hold(full, parameter, part.axis, entries, False, site.name))
-        for name, parameter in lora_factors(module, part.module, part.axis):
+        for name, parameter in own.items():
+            if parameter.requires_grad:
+                draft.holds.append(Hold(name, parameter, part.axis, entries, False, site.name))
+        for name, parameter in factors:
             draft.holds.append(Hold(name, parameter, part.axis, entries, True, site.name))
 
 
-def _everything_else(plain: nn.Module, draft: _Draft) -> list[tuple[str, nn.Parameter]]:
-    """Whatever no located neuron touches: switched off, and protected whole."""
-    partly = {id(held.parameter) for held in draft.holds}
-    named = {piece.name for piece in draft.slices}
-    touched = {name.rpartition(".")[0] for name in named}
-    still = []
-    for name, parameter in plain.named_parameters():
-        if _is_adapter(name):
-            # The factor that is not held is what learns; a module without neurons learns nothing.
-            if parameter.requires_grad and _module_of(name) not in touched:
-                still.append((name, parameter))
-            continue
-        canonical = name.replace(".base_layer.", ".")
-        if id(parameter) in partly or canonical in named:
-            continue
-        draft.slices.append(Slice(canonical, "rows", None))
-        if parameter.requires_grad:
-            still.append((canonical, parameter))
-    return still
+def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
+    """Parameters held whole; what is held of them in part need not be held twice."""
+    names = [name.replace(".base_layer.", ".") for name in whole if not is_factor(name)]
+    held = {id(parameter) for parameter in whole.values()}
+    draft.slices = [piece for piece in draft.slices if piece.name not in names]
+    draft.slices += [Slice(name, "rows", None) for name in names]
+    draft.holds = [hold for hold in draft.holds if id(hold.parameter) not in held]
+    for name, parameter in whole.items():
+        axis = zero_axis(name)
+        if axis is not None and parameter.requires_grad:
+            entries = torch.arange(parameter.shape[0 if axis == "rows" else 1])
+            draft.holds.append(Hold(name, parameter, axis, entries, True, ""))
 
 
-def _groups(plain: nn.Module, hold: Collection[Group]) -> list[tuple[str, nn.Parameter]]:
+def _groups(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.Parameter]:
     members: dict[int, tuple[str, nn.Parameter]] = {}
 
-    def add(prefix: str, module: nn.Module | None) -> None:
-        for name, parameter in module.named_parameters() if module is not None else ():
-            if parameter.requires_grad and not _is_adapter(name):
-                members[id(parameter)] = (f"{prefix}.{name}", parameter)
+    def add(prefix: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(prefix):
+            members[id(parameter)] = (name, parameter)
 
     paths = {id(module): path for path, module in plain.named_modules()}
-
-    def embedding(getter: str) -> None:
-        module = getattr(plain, getter)()
+    for group, side in (("embeddings", "input"), ("head", "output")):
+        module = getattr(plain, f"get_{side}_embeddings")() if group in hold else None
         if isinstance(module, nn.Module):
-            add(paths.get(id(module), getter), module)
-
-    if "embeddings" in hold:
-        embedding("get_input_embeddings")
-    if "head" in hold:
-        embedding("get_output_embeddings")
+            add(paths[id(module)], module)
     for path, module in plain.named_modules():
         if "norms" in hold and "norm" in type(module).__name__.lower():
             add(path, module)
-        if "biases" in hold and isinstance(bias := getattr(module, "bias", None), nn.Parameter):
-            if bias.requires_grad:
-                members[id(bias)] = (f"{path}.bias", bias)
-    return list(members.values())
-
-
-def _is_adapter(name: str) -> bool:
-    return ".lora_" in name
-
-
-def _module_of(name: str) -> str:
-    return name.split(".lora_")[0]
+        bias = getattr(module, "bias", None)
+        if "biases" in hold and isinstance(bias, nn.Parameter):
+            members[id(bias)] = (f"{path}.bias", bias)
+    return dict(members.values())
 
 
 def _size(weights: ModelWeights, piece: Slice) -> int:

@@ -1,7 +1,6 @@
 """``verify``: base against tuned, slice by slice from safetensors, merged effect for adapters."""
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +8,19 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeft.errors import ArtefactError, FingerprintError
-from safeft.freeze.adapters import check_adapter_settings
-from safeft.freeze.certificate import Certificate, Violation, bytes_hash, differences
-from safeft.freeze.plan import Mode, Plan, Slice, make_plan
+from safeft.freeze.certificate import (
+    Certificate,
+    Violation,
+    bytes_hash,
+    describe_set,
+    differences,
+)
+from safeft.freeze.merged import MergedWeights
+from safeft.freeze.plan import Group, Mode, Plan, Slice, make_plan
 from safeft.neurons import NeuronSet, layout_hash, moved_error
 from safeft.progress import progress
 from safeft.sites import Site, find_sites, plain_model
@@ -31,6 +36,7 @@ def verify(
     protected: NeuronSet | str | Path,
     *,
     mode: Mode = "freeze",
+    hold: Collection[Group] = (),
 ) -> Certificate:
     """Compare what is protected in the base with the same in the tuned model, bit by bit.
 
@@ -40,6 +46,7 @@ def verify(
             adapter the merged effect counts: any non-zero update of a protected slice violates.
         protected: The neuron set or its folder.
         mode: ``freeze``: the neurons must be unchanged. ``train_only``: everything else must.
+        hold: Groups of parameters that must be unchanged as well, as given to the callback.
 
     Returns:
         A certificate; ``exact`` is the verdict and ``violations`` name tensor, neuron and row or
@@ -61,23 +68,18 @@ def verify(
         sites = find_sites(shape_model)
         _check_base(neurons, sites, before, str(base))
         shape_model.requires_grad_(True)
-        plan = make_plan(shape_model, neurons, mode)
+        plan = make_plan(shape_model, neurons, mode, hold)
         after = _open_tuned(tuned, before, files)
         rows, violations = _compare(plan, sites, before, after)
     run = {"base": _describe(base), "tuned": _describe(tuned), "compared": type(after).__name__}
-    about = {
-        "count": len(neurons),
-        "sha256": neurons.hash,
-        "source": dict(neurons.source),
-        "base_model": neurons.model.name_or_path,
-    }
+    about = describe_set(neurons)
     return Certificate(
         not violations, tuple(violations), mode, about, tuple(rows), plan.frozen_share, run
     )
 
 
 def _compare(
-    plan: Plan, sites: Mapping[str, Site], before: Weights, after: "Weights | _Adapted"
+    plan: Plan, sites: Mapping[str, Site], before: Weights, after: Weights
 ) -> tuple[list[dict[str, Any]], list[Violation]]:
     owners = {part.module: (site, part) for site in sites.values() for part in site.parts}
     rows: list[dict[str, Any]] = []
@@ -135,70 +137,6 @@ def _chunks(piece: Slice, shape: tuple[int, ...]) -> Iterator[Slice]:
         yield replace(piece, entries=chosen)
 
 
-class _Adapted:
-    """A base with a LoRA adapter on it, merged slice by slice."""
-
-    def __init__(self, base: Weights, adapter: Weights, settings: Mapping[str, Any]) -> None:
-        self._base, self._adapter, self._settings = base, adapter, settings
-        self._names = set(adapter.names())
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        return self._base.shape(name)
-
-    def names(self) -> list[str]:
-        return self._base.names()
-
-    def read(self, name: str, axis: Any, entries: Tensor) -> Tensor:
-        """The merged slice: base plus update, or base plus noise where the update is below rounding.
-
-        An update too small to show after rounding would still show unmerged, so it is returned
-        as the next representable change.
-        """
-        base = self._base.read(name, axis, entries)
-        module, _, leaf = name.rpartition(".")
-        for saved in (f"base_model.model.{name}", f"base_model.model.{module}.base_layer.{leaf}"):
-            if saved in self._names:
-                return self._adapter.read(saved, axis, entries)
-        update = self._update(module, leaf, axis, entries)
-        if update is None:
-            return base
-        merged = (base.float() + update).to(base.dtype)
-        unseen = (merged == base) & (update != 0)
-        towards = torch.full_like(base, torch.inf)
-        return torch.where(unseen, torch.nextafter(base, towards), merged)
-
-    def _update(self, module: str, leaf: str, axis: Any, entries: Tensor) -> Tensor | None:
-        prefix = f"base_model.model.{module}"
-        a, b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-        if leaf == "bias":
-            name = f"{prefix}.lora_B.bias"
-            if name not in self._names:
-                return None
-            return self._scale(module) * self._adapter.read(name, axis, entries).float()
-        if a not in self._names and b not in self._names:
-            return None
-        every = torch.arange
-        if axis == "rows":
-            left = self._adapter.read(b, "rows", entries).float()
-            right = self._adapter.read(a, "rows", every((self._adapter.shape(a) or (0,))[0]))
-            return self._scale(module) * (left @ right.float())
-        columns = self._adapter.read(a, "columns", entries).float()
-        left = self._adapter.read(b, "rows", every((self._adapter.shape(b) or (0,))[0]))
-        return self._scale(module) * (columns @ left.float().T)
-
-    def _scale(self, module: str) -> float:
-        from peft.utils.other import get_pattern_key
-
-        settings = self._settings
-
-        def of(pattern: str, default: str) -> float:
-            found = settings.get(pattern) or {}
-            return found.get(get_pattern_key(list(found), module), settings[default])
-
-        rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
-        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
 def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Module, Weights]:
     if isinstance(base, nn.Module):
         plain = plain_model(base)
@@ -209,9 +147,7 @@ def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Modul
     return _shape_model(folder), files.enter_context(CheckpointWeights(folder))
 
 
-def _open_tuned(
-    tuned: str | Path | nn.Module, before: Weights, files: ExitStack
-) -> "Weights | _Adapted":
+def _open_tuned(tuned: str | Path | nn.Module, before: Weights, files: ExitStack) -> Weights:
     if isinstance(tuned, nn.Module):
         if any(".lora_" in name for name, _ in tuned.named_parameters()):
             raise ArtefactError(
@@ -222,15 +158,7 @@ def _open_tuned(
     folder = _folder(tuned)
     if not (folder / "adapter_config.json").is_file():
         return files.enter_context(CheckpointWeights(folder))
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-    except ValueError as error:
-        raise ArtefactError(
-            f"{str(folder)!r}: adapter_config.json is not JSON: {error}."
-        ) from error
-    check_adapter_settings(settings, folder.name)
-    adapter = files.enter_context(CheckpointWeights(folder, "adapter_model"))
-    return _Adapted(before, adapter, settings)
+    return files.enter_context(MergedWeights(before, folder))
 
 
 def _folder(place: str | Path) -> Path:

@@ -18,7 +18,7 @@ from safeft.locate.attribution import AttributionFitter, refusal_tokens
 from safeft.locate.contrast import ContrastFitter
 from safeft.locate.random import RandomFitter
 from safeft.locate.scores import Fitter, Scores, Side
-from safeft.locate.select import Selection, select
+from safeft.locate.select import Selection, check_size, select
 from safeft.locate.snip import SnipFitter
 from safeft.locate.variance import VarianceFitter
 from safeft.locate.wanda import WandaFitter
@@ -122,6 +122,7 @@ def locate(
     )
     _check_choice("sites", sites, tuple(_KINDS))
     found = find_sites(model, _KINDS[sites])
+    check_size(found, selection)
     sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
     _check_sides(sides)
     settings: dict[str, Any] = {"sites": sites, "seed": seed, **asdict(selection)}

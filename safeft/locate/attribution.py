@@ -117,7 +117,13 @@ def refusal_tokens(
         return tokenizer(text, add_special_tokens=False)["input_ids"][0]  # pyright: ignore
 
     if openings:
-        return {first_token(text): text for text in openings if text}
+        given = {first_token(text): text for text in openings if text.strip()}
+        if not given:
+            raise PromptError(
+                f"The refusal openings {list(openings)} hold no text, so refusal cannot be read "
+                "from a first token. Give some, or leave `openings` out."
+            )
+        return given
 
     def answers(prompts: Sequence[Prompt]) -> list[str]:
         return generate(

@@ -77,7 +77,7 @@ def select(
         >>> select(found, {"a.mlp": site}, Selection(count=2))
         {'a.mlp': (1, 2)}
     """
-    for name, values in scores.safety.items():
+    for name, values in (*scores.safety.items(), *(scores.utility or {}).items()):
         if not values.isfinite().all():
             raise SelectionError(
                 f"Scores of {name!r} hold values that are not finite numbers: the model's "
@@ -102,6 +102,17 @@ def select(
             "threshold, or leave fill=True."
         )
     return {name: chosen[name] for name in sites if name in chosen}
+
+
+def check_size(sites: Mapping[str, Site], selection: Selection) -> None:
+    """Refuse more units than there are, before anything is computed.
+
+    Raises:
+        SelectionError: The count is above the number of units.
+    """
+    for names in _groups(sites, selection.scope):
+        if selection.threshold is None:
+            _size(sum(sites[name].units for name in names), selection)
 
 
 def _groups(sites: Mapping[str, Site], scope: str) -> list[list[str]]:
@@ -131,6 +142,7 @@ def _best(safety: Tensor, utility: Tensor | None, scores: Scores, selection: Sel
     passed_over = round(share * len(rank)) if share is not None else size
     busy = torch.zeros(len(rank), dtype=torch.bool)
     busy[utility.argsort(descending=True, stable=True)[:passed_over]] = True
+    busy &= utility > utility.min()  # among units of no use a tie says nothing
     if not selection.fill:
         return order[:size][~busy[order[:size]]]
     return torch.cat([order[~busy[order]], order[busy[order]]])[:size]

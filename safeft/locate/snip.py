@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.locate.gradients import gradients_of, response_loss
-from safeft.locate.scores import Scores, Side, forward, is_matrix, per_unit, weight_of
+from safeft.locate.scores import Scores, Side, forward, is_matrix, per_unit
 from safeft.prompts import Batch
 from safeft.sites import Site
 
@@ -35,8 +35,6 @@ class SnipFitter:
 
     def update(self, side: Side, batch: Batch) -> None:
         """One forward and backward pass over ``batch``."""
-        weights = {weight_of(self._model, module): module for module in self._parts}
-
         def reducer(module: str) -> Callable[[Tensor, Tensor], None]:
             part, units = self._parts[module]
 
@@ -49,7 +47,7 @@ class SnipFitter:
 
             return reduce
 
-        reducers = {module: reducer(module) for module in weights.values()}
+        reducers = {module: reducer(module) for module in self._parts}
         with gradients_of(self._model, reducers):
             response_loss(forward(self._model, batch, keep_logits=0), batch).backward()
         self._batches[side] += 1

@@ -1,0 +1,35 @@
+"""Write the files the smoke configurations name, from the small world that ships with safeft.
+
+    python recipes/smoke_data.py
+"""
+
+import json
+from pathlib import Path
+
+from safeft.demo import world
+
+FOLDER = Path("runs/smoke")
+
+
+def lines(name: str, rows: list[str]) -> None:
+    """One row a line."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    lines("harmful.txt", world.harmful("calibration"))
+    lines("benign.txt", world.benign("calibration"))
+    lines("harmful_test.txt", world.harmful("test"))
+    lines("benign_test.txt", world.benign("test"))
+    examples = world.domain("train")
+    lines("train.jsonl", [json.dumps({"messages": e.messages}) for e in examples])
+    others = examples[1:] + examples[:1]
+    pairs = [
+        {"prompt": e.messages[:1], "chosen": e.messages[1:], "rejected": other.messages[1:]}
+        for e, other in zip(examples, others, strict=True)
+    ]
+    lines("preferences.jsonl", [json.dumps(pair) for pair in pairs])
+    (FOLDER / "model").unlink(missing_ok=True)
+    (FOLDER / "model").symlink_to(world.MODEL_PATH.resolve())
+    print(f"Wrote {FOLDER}")

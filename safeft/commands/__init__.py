@@ -1,0 +1,63 @@
+"""``safeft VERB``: one file a verb, each with a configuration, ``main`` and nothing else.
+
+This module imports nothing heavy, so that ``safeft --help`` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "demo": "the whole story on a small model that ships with safeft, in four minutes",
+    "locate": "find the safety neurons of a chat model",
+    "sft": "supervised fine-tuning (all of `trl sft`) with the neurons frozen",
+    "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
+    "verify": "compare base and tuned weights, bit by bit",
+    "evaluate": "refusal, over-refusal, domain, drift",
+    "env": "versions and devices, for bug reports",
+}
+
+_USAGE = """usage: safeft VERB [--config FILE.yaml] [--key value ...]
+
+Fine-tune a chat model on your domain, keep its refusals, and prove both.
+
+{verbs}
+
+`safeft VERB --help` lists the keys of a verb; a YAML file gives them defaults.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 1 verdict is no, 2 cannot be done)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        rows = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+        print(_USAGE.format(verbs=rows))
+        return 0 if given else 2
+    if given[0] == "--version":
+        from safeft import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = given[0], given[1:]
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else f" ({', '.join(VERBS)})"
+        print(f"safeft: error: there is no verb {verb!r}{hint}", file=sys.stderr)
+        return 2
+    from safeft.errors import SafeftError
+
+    try:
+        return int(import_module(f"safeft.commands.{verb}").main(rest))
+    except SafeftError as error:
+        print(f"safeft {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # The reader (`| head`) has seen enough.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print(f"safeft {verb}: interrupted", file=sys.stderr)
+        return 130

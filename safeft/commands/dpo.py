@@ -1,0 +1,14 @@
+"""``safeft dpo``: preference tuning as ``trl dpo`` does it, with neurons frozen."""
+
+from collections.abc import Sequence
+
+from safeft.commands.parsing import parse
+from safeft.commands.training import SafetyArguments, run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Every ``trl dpo`` YAML works; the keys of ``SafetyArguments`` come on top."""
+    from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
+
+    kinds = (SafetyArguments, ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)
+    return run(DPOTrainer, *parse(kinds, arguments, "dpo", "TRL's dpo, with neurons frozen."))

@@ -1,0 +1,96 @@
+"""``safeft locate``: a chat model and two prompt files in, a neuron set out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from safeft.commands.loading import load_model, read_template
+from safeft.commands.parsing import parse
+
+
+@dataclass
+class LocateConfig:
+    """Find the neurons that act on harmful prompts and not on benign ones."""
+
+    model_name_or_path: str = field(metadata={"help": "Chat model: folder or hub name."})
+    harmful: str = field(metadata={"help": "Prompts it refuses: .txt (one a line), .csv, .json(l)."})
+    benign: str = field(metadata={"help": "Ordinary prompts, in the same forms."})
+    output_dir: str = field(metadata={"help": "Folder for the neuron set."})
+    harmful_column: str | None = field(default=None, metadata={"help": "Column of a table."})
+    benign_column: str | None = field(default=None, metadata={"help": "Column of a table."})
+    method: Literal["attribution", "contrast", "variance", "snip", "wanda", "random"] = field(
+        default="attribution", metadata={"help": "How units are scored; random is the control."}
+    )
+    fraction: float | None = field(
+        default=None, metadata={"help": "Share of the units, above 0 to 1 (0.05 if none is said)."}
+    )
+    count: int | None = field(default=None, metadata={"help": "Number of units instead."})
+    threshold: float | None = field(default=None, metadata={"help": "Least score instead."})
+    scope: Literal["layer", "global"] | None = field(
+        default=None, metadata={"help": "Rank within layers or over all; by default the method's."}
+    )
+    utility_fraction: float | None = field(
+        default=None, metadata={"help": "Share of units, top in utility, that are passed over."}
+    )
+    fill: bool = field(
+        default=True, metadata={"help": "Give places of units passed over to the next best."}
+    )
+    sites: Literal["mlp", "attention", "all"] = field(
+        default="mlp", metadata={"help": "MLP hidden units, attention heads, or both."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of `random`."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts per forward pass."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens per prompt."})
+    limit: int | None = field(default=None, metadata={"help": "Use the first N prompts a side."})
+    openings: list[str] | None = field(
+        default=None, metadata={"help": "How the model starts a refusal (attribution)."}
+    )
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "Jinja template, where the tokenizer has none."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16."})
+    device: str | None = field(default=None, metadata={"help": "cuda where there is one, or cpu."})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read, load, locate, save."""
+    (config,) = parse([LocateConfig], arguments, "locate", LocateConfig.__doc__ or "")
+    assert isinstance(config, LocateConfig)
+    from safeft.locate import Selection, locate
+    from safeft.prompts import read_prompts
+
+    amount: dict[str, Any] = {
+        "fraction": config.fraction,
+        "count": config.count,
+        "threshold": config.threshold,
+    }
+    if any(value is not None for value in amount.values()):
+        Selection(**amount)  # Says what is wrong before a model is loaded.
+    harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
+    benign = read_prompts(config.benign, config.benign_column)[: config.limit]
+    template = read_template(config.chat_template_path)
+    model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
+    neurons = locate(
+        model,
+        tokenizer,
+        harmful,
+        benign,
+        method=config.method,
+        scope=config.scope,
+        utility_fraction=config.utility_fraction,
+        fill=config.fill,
+        sites=config.sites,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        openings=config.openings,
+        chat_template=template,
+        **amount,
+    )
+    neurons.save_pretrained(config.output_dir)
+    total = sum(neurons.model.units[name] for name in neurons.model.units)
+    print(f"{len(neurons)} of {total} units by {config.method}, in {config.output_dir}")
+    for name, units in neurons.indices.items():
+        share = len(units) / neurons.model.units[name]
+        print(f"  {name:<32} {len(units):>6}  {share:>6.1%}  {'#' * round(40 * share)}")
+    return 0

@@ -1,0 +1,14 @@
+"""``safeft sft``: supervised fine-tuning as ``trl sft`` does it, with neurons frozen."""
+
+from collections.abc import Sequence
+
+from safeft.commands.parsing import parse
+from safeft.commands.training import SafetyArguments, run
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Every ``trl sft`` YAML works; the keys of ``SafetyArguments`` come on top."""
+    from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer, ModelConfig, ScriptArguments
+
+    kinds = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    return run(SFTTrainer, *parse(kinds, arguments, "sft", "TRL's sft, with neurons frozen."))

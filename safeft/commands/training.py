@@ -1,0 +1,172 @@
+"""What ``safeft sft`` and ``safeft dpo`` share: TRL's own scripts, with the callback in place."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safeft.errors import ConfigError, SafeftError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SafetyArguments:
+    """What to protect; every other key is TRL's."""
+
+    protected: str | None = field(
+        default=None, metadata={"help": "Neuron set (folder of `safeft locate`) to protect."}
+    )
+    protect_mode: Literal["freeze", "train_only"] = field(
+        default="freeze",
+        metadata={"help": "Hold these neurons, or hold everything else and train only them."},
+    )
+    hold: list[str] | None = field(
+        default=None,
+        metadata={"help": "Groups to hold whole as well: embeddings norms head biases."},
+    )
+    allow_other_weights: bool = field(
+        default=False,
+        metadata={"help": "Accept a model whose neurons have moved since they were located."},
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column with the user's turn, in a table without messages."}
+    )
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column with the answer, in a table without messages."}
+    )
+
+
+def callbacks(safety: SafetyArguments) -> list[Any]:
+    """The freezing callback, or nothing and a warning where nothing is to be protected."""
+    if safety.protected is None:
+        if safety.hold:
+            raise ConfigError(
+                f"hold={safety.hold} is given without `protected`: it holds groups beside located "
+                "neurons. Give the set as well."
+            )
+        logger.warning("No `protected` set is given: this is plain TRL, and nothing is frozen.")
+        return []
+    from safeft.freeze.callback import SafetyFreezeCallback
+
+    hold: Any = tuple(safety.hold or ())
+    return [
+        SafetyFreezeCallback(
+            safety.protected,
+            safety.protect_mode,
+            hold=hold,
+            strict=not safety.allow_other_weights,
+        )
+    ]
+
+
+def datasets_of(script: Any, mixture: Any, safety: SafetyArguments) -> Any:
+    """The data as TRL loads it, local files included.
+
+    Raises:
+        ConfigError: There is none, it cannot be loaded, or has no such column.
+    """
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    try:
+        if mixture.datasets:
+            data = get_dataset(mixture)
+        elif script.dataset_name:
+            builder, files = _local(script.dataset_name)
+            data = load_dataset(
+                builder,
+                name=script.dataset_config,
+                data_files=files,
+                streaming=script.dataset_streaming,
+            )
+        else:
+            raise ConfigError("There is nothing to train on: give `dataset_name` or `datasets`.")
+    except SafeftError:
+        raise
+    except Exception as error:  # datasets raises dozens of kinds; all mean: not this data set.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"The data set {script.dataset_name or 'in `datasets`'!r} cannot be loaded: {first}. "
+            "Give a local .json, .jsonl, .csv, .parquet or .txt file, a folder, or a hub name."
+        ) from error
+    return _as_messages(data, safety)
+
+
+def _local(name: str) -> tuple[str, str | None]:
+    path = Path(name)
+    builders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.is_file():
+        builder = builders.get(path.suffix.lower(), "text")
+        return builder, str(path)
+    return name, None
+
+
+def _as_messages(data: Any, safety: SafetyArguments) -> Any:
+    asked, answer = safety.prompt_column, safety.completion_column
+    if asked is None and answer is None:
+        return data
+    if asked is None or answer is None:
+        raise ConfigError("Give both `prompt_column` and `completion_column`, or neither.")
+    for split, rows in data.items():
+        if missing := {asked, answer} - set(rows.column_names or ()):
+            raise ConfigError(
+                f"The split {split!r} has no column {sorted(missing)}; it has {rows.column_names}."
+            )
+
+    def turn(row: dict[str, str]) -> dict[str, Any]:
+        return {
+            "prompt": [{"role": "user", "content": row[asked]}],
+            "completion": [{"role": "assistant", "content": row[answer]}],
+        }
+
+    return data.map(turn, remove_columns=data[next(iter(data))].column_names)
+
+
+def run(
+    trainer_class: Any, safety: SafetyArguments, script: Any, training: Any, model: Any, mixture: Any
+) -> int:
+    """Build the trainer as TRL's script does, train, save, and say what the certificate says."""
+    from trl import get_peft_config, get_quantization_config
+
+    protecting = callbacks(safety)
+    data = datasets_of(script, mixture, safety)
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": getattr(training, "trust_remote_code", False),
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    for needed in [script.dataset_train_split] + (
+        [script.dataset_test_split] if training.eval_strategy != "no" else []
+    ):
+        if needed not in data:
+            raise ConfigError(f"The data has no split {needed!r}; it has {list(data)}.")
+    try:
+        trainer = trainer_class(
+            model=model.model_name_or_path,
+            args=training,
+            train_dataset=data[script.dataset_train_split],
+            eval_dataset=(
+                data[script.dataset_test_split] if training.eval_strategy != "no" else None
+            ),
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+            callbacks=protecting,
+        )
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        if isinstance(error, SafeftError):
+            raise
+        raise ConfigError(f"The trainer cannot be built from these settings: {error}") from error
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+    if trainer.accelerator.is_main_process:
+        print(f"Saved to {training.output_dir}")
+        for callback in protecting:
+            print(callback.certificate.summary())
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if hasattr(trainer, "end"):
+        trainer.end()
+    return 0

@@ -1,0 +1,41 @@
+"""``safeft verify``: are the protected neurons bit-identical? Exit code 0 yes, 1 no."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from safeft.commands.parsing import parse
+
+
+@dataclass
+class VerifyConfig:
+    """Compare base and tuned weights slice by slice; exit code 0 if exact, 1 if not."""
+
+    base: str = field(metadata={"help": "Base checkpoint: folder or hub name (safetensors)."})
+    tuned: str = field(metadata={"help": "Tuned checkpoint or LoRA adapter: folder."})
+    protected: str = field(metadata={"help": "The neuron set: folder of `safeft locate`."})
+    mode: Literal["freeze", "train_only"] = field(
+        default="freeze",
+        metadata={"help": "The neurons must be unchanged, or everything but them."},
+    )
+    hold: list[str] | None = field(
+        default=None, metadata={"help": "Groups that were held as well: embeddings norms head."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print the certificate as JSON."})
+    output: str | None = field(default=None, metadata={"help": "Write the certificate here too."})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Verify and say so."""
+    (config,) = parse([VerifyConfig], arguments, "verify", VerifyConfig.__doc__ or "")
+    assert isinstance(config, VerifyConfig)
+    from safeft.freeze.verify import verify
+
+    hold: Any = tuple(config.hold or ())
+    certificate = verify(config.base, config.tuned, config.protected, mode=config.mode, hold=hold)
+    if config.output is not None:
+        certificate.save(config.output)
+    text = json.dumps(certificate.to_dict(), indent=2) if config.json else certificate.summary()
+    print(text)
+    return 0 if certificate.exact else 1

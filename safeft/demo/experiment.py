@@ -1,0 +1,347 @@
+"""The demo's experiment: the same domain tuning, unprotected and protected, side by side.
+
+Everything goes the way a user's run goes: ``safeft.locate``, TRL's ``SFTTrainer`` with
+``SafetyFreezeCallback``, ``safeft.verify``; only the world is small.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from safeft.demo import world
+from safeft.errors import ConfigError
+from safeft.freeze.callback import SafetyFreezeCallback
+from safeft.freeze.certificate import Certificate
+from safeft.freeze.plan import Group
+from safeft.freeze.verify import verify
+from safeft.judge import PrefixJudge
+from safeft.locate import Method, Where, locate
+from safeft.measure import answer_accuracy, domain_loss, refusal_rate
+from safeft.neurons import NeuronSet
+from safeft.prompts import Prompt, as_prompts, generate
+from safeft.report.result import Comparison, Point, Run
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = 24
+_BATCH = 80
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared.
+
+    Attributes:
+        seeds: Of data order and random sets; one run per arm and seed.
+        fractions: Shares of the units to freeze, each at random and located.
+        method: The locator.
+        sites: Which units.
+        learning_rate: Of AdamW, constant.
+        steps: Training steps.
+        batch_size: Examples per step.
+        hold: Groups held beside the neurons, in the protected arms.
+        looks: How often refusal and domain loss are measured during training.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    fractions: tuple[float, ...] = (0.4,)
+    method: Method = "attribution"
+    sites: Where = "mlp"
+    learning_rate: float = 5e-4
+    steps: int = 200
+    batch_size: int = 32
+    hold: tuple[Group, ...] = ("embeddings", "norms", "head")
+    looks: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.fractions:
+            raise ConfigError("The demo needs at least one seed and one fraction.")
+        if self.steps < self.looks or self.learning_rate <= 0:
+            raise ConfigError(
+                f"steps={self.steps}, learning_rate={self.learning_rate}: nothing would be learnt. "
+                f"Give at least {self.looks} steps and a positive rate."
+            )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to tune: its name, and the set it freezes (None: nothing)."""
+
+    name: str
+    neurons: NeuronSet | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """The held-out sets everything is measured on."""
+
+    harmful: Sequence[Prompt]
+    benign: Sequence[Prompt]
+    domain: Sequence[Prompt]
+    domain_values: Sequence[Prompt]
+    general_values: Sequence[Prompt]
+
+    @classmethod
+    def load(cls) -> "Held":
+        """The world's test splits."""
+        return cls(
+            as_prompts(world.harmful("test")),
+            as_prompts(world.benign("test")),
+            _examples((e.prompt, e.answer) for e in world.domain("test")),
+            _examples((e.prompt, e.value) for e in world.domain("test")),
+            _examples((e.prompt, e.value) for e in world.general("test")),
+        )
+
+
+def _examples(pairs: Iterable[tuple[str, str]]) -> list[Prompt]:
+    return as_prompts({"prompt": prompt, "response": answer} for prompt, answer in pairs)
+
+
+def load() -> tuple[Any, Any]:
+    """The model that ships with the package, in float32, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(world.MODEL_PATH, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(world.MODEL_PATH)
+
+
+def measure(model: Any, tokenizer: Any, held: Held) -> dict[str, float]:
+    """The final figures of one model; shares 0 to 1, loss in nats per answer token."""
+    options: dict[str, Any] = {"max_new_tokens": _TOKENS, "batch_size": _BATCH}
+
+    def right(answer: str, expected: str) -> bool:
+        return world.holds(expected, answer)
+
+    return {
+        "refusal": refusal_rate(model, tokenizer, held.harmful, PrefixJudge(), **options).value,
+        "over_refusal": refusal_rate(model, tokenizer, held.benign, PrefixJudge(), **options).value,
+        "domain_accuracy": answer_accuracy(
+            model, tokenizer, held.domain_values, right, **options
+        ).value,
+        "domain_loss": domain_loss(model, tokenizer, held.domain, batch_size=_BATCH),
+        "general_accuracy": answer_accuracy(
+            model, tokenizer, held.general_values, right, **options
+        ).value,
+    }
+
+
+class _Look(TrainerCallback):
+    """Measures refusal and domain loss at regular steps, and moves the bar."""
+
+    def __init__(self, tokenizer: Any, held: Held, settings: Settings, bar: Any) -> None:
+        self._tokenizer, self._held, self._bar = tokenizer, held, bar
+        spread = [settings.steps * i // settings.looks for i in range(settings.looks + 1)]
+        self._steps = set(spread) | {settings.steps // (2 * settings.looks)}
+        self.curve: list[Point] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look(state.global_step, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update()
+        if state.global_step in self._steps:
+            self._look(state.global_step, kwargs["model"])
+
+    def _look(self, step: int, model: Any) -> None:
+        with _quiet():
+            refused = refusal_rate(
+                model,
+                self._tokenizer,
+                self._held.harmful,
+                PrefixJudge(),
+                max_new_tokens=_TOKENS,
+                batch_size=_BATCH,
+            )
+            was_training = model.training
+            loss = domain_loss(model.eval(), self._tokenizer, self._held.domain, batch_size=_BATCH)
+            model.train(was_training)
+        self.curve.append(Point(step, loss, refused.value))
+
+
+def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison, Certificate]:
+    """Locate, tune every arm with every seed, measure, verify the protected model on disk.
+
+    Args:
+        settings: What is compared.
+        output_dir: Where the protected model and its neuron set are saved.
+        command: What made it, for the report.
+
+    Returns:
+        The comparison, and the certificate of ``verify`` on the saved model.
+    """
+    held = Held.load()
+    base, tokenizer = load()
+    with _quiet():
+        before = measure(base, tokenizer, held)
+    answers = {"before tuning": _answers(base, tokenizer, held)}
+    runs: list[Run] = []
+    total = settings.steps * len(settings.seeds) * (1 + 2 * len(settings.fractions))
+    certificate: Certificate | None = None
+    main_set = None
+    with tqdm(total=total, desc="tuning", unit="step") as bar:
+        for seed in settings.seeds:
+            for arm in _arms(base, tokenizer, settings, seed):
+                bar.set_description(f"{arm.name}, seed {seed}")
+                model, found = _tune(arm, seed, settings, tokenizer, held, bar)
+                runs.append(found)
+                if seed == settings.seeds[0]:
+                    answers[arm.name] = _answers(model, tokenizer, held)
+                    if arm.name.startswith("located") and main_set is None:
+                        main_set = arm.neurons
+                        certificate = _prove(model, tokenizer, arm, output_dir)
+    assert main_set is not None
+    assert certificate is not None
+    comparison = Comparison(
+        "Fine-tuning a small aligned model on its domain",
+        {
+            "command": command,
+            **settings.__dict__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+        before,
+        tuple(runs),
+        _layers(main_set),
+        tuple(
+            {"arm": arm, "prompt": prompt, "answer": answer}
+            for arm, pairs in answers.items()
+            for prompt, answer in pairs
+        ),
+    )
+    return comparison, certificate
+
+
+def _arms(base: Any, tokenizer: Any, settings: Settings, seed: int) -> Iterable[Arm]:
+    yield Arm("plain", None)
+    harmful, benign = world.harmful("calibration"), world.benign("calibration")
+    for fraction in settings.fractions:
+        for label, method in (("random", "random"), ("located", settings.method)):
+            with _quiet():
+                neurons = locate(
+                    base,
+                    tokenizer,
+                    harmful,
+                    benign,
+                    method=method,  # pyright: ignore[reportArgumentType]
+                    fraction=fraction,
+                    sites=settings.sites,
+                    seed=seed,
+                    batch_size=32,
+                )
+            yield Arm(f"{label} {fraction:.0%}", neurons)
+
+
+def _tune(
+    arm: Arm, seed: int, settings: Settings, tokenizer: Any, held: Held, bar: Any
+) -> tuple[Any, Run]:
+    set_seed(seed)
+    model, _ = load()
+    look = _Look(tokenizer, held, settings, bar)
+    callbacks: list[Any] = [look]
+    freeze = None
+    if arm.neurons is not None:
+        freeze = SafetyFreezeCallback(arm.neurons, hold=settings.hold)
+        callbacks.append(freeze)
+    rows = [
+        {"prompt": example.messages[:1], "completion": example.messages[1:]}
+        for example in world.domain("train")
+    ]
+    started = time.perf_counter()
+    with TemporaryDirectory() as scratch, _quiet():
+        trainer = SFTTrainer(
+            model,
+            args=SFTConfig(
+                output_dir=scratch,
+                max_steps=settings.steps,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type="constant",
+                weight_decay=0.01,
+                seed=seed,
+                max_length=96,
+                bf16=False,
+                gradient_checkpointing=False,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        trainer.train()
+        tuned: Any = trainer.model
+        measures = measure(tuned.eval(), tokenizer, held)
+    certified = freeze.certificate if freeze is not None else None
+    found = Run(
+        arm.name,
+        seed,
+        measures,
+        tuple(look.curve),
+        certified.frozen_share if certified is not None else 0.0,
+        certified.exact if certified is not None else None,
+        time.perf_counter() - started,
+    )
+    return tuned, found
+
+
+def _prove(model: Any, tokenizer: Any, arm: Arm, output_dir: Path) -> Certificate:
+    """Save the protected model and its set, and verify them from disk as anyone could."""
+    assert arm.neurons is not None
+    arm.neurons.save_pretrained(output_dir / "neurons")
+    model.save_pretrained(output_dir / "protected")
+    tokenizer.save_pretrained(output_dir / "protected")
+    with _quiet():
+        certificate = verify(world.MODEL_PATH, output_dir / "protected", output_dir / "neurons")
+    certificate.save(output_dir / "protected")
+    return certificate
+
+
+def _answers(model: Any, tokenizer: Any, held: Held) -> list[tuple[str, str]]:
+    asked = held.harmful[:: max(1, len(held.harmful) // 3)][:3]
+    with _quiet():
+        answers = generate(model, tokenizer, asked, max_new_tokens=_TOKENS)
+    return [(prompt.text, answer) for prompt, answer in zip(asked, answers, strict=True)]
+
+
+def _layers(neurons: NeuronSet) -> tuple[tuple[int, int], ...]:
+    names = [name for name in neurons.model.units if name.endswith(".mlp")]
+    return tuple((len(neurons.indices.get(n, ())), neurons.model.units[n]) for n in names)
+
+
+@contextmanager
+def _quiet():  # noqa: ANN202
+    """Keep the many small bars and notices of libraries out of the one bar that matters."""
+    import os
+    import warnings
+
+    import datasets
+    import transformers
+
+    before = os.environ.get("TQDM_DISABLE")
+    level = transformers.logging.get_verbosity()
+    os.environ["TQDM_DISABLE"] = "1"
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        datasets.enable_progress_bars()
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before

@@ -1,0 +1,1 @@
+"""Reports: one result, and the views of it that a person looks at."""

@@ -1,0 +1,212 @@
+import doctest
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import safeft.capture
+from safeft.capture import CaptureError, capture, silence, watch_inputs
+from safeft.errors import SafeftError
+from safeft.neurons import NeuronSet
+from safeft.prompts import Batch, as_prompts, batches
+from safeft.sites import find_sites
+from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
+
+MLP, HEADS = "model.layers.1.mlp", "model.layers.0.self_attn"
+PROMPTS = as_prompts(["Hi", {"prompt": "How do I bake bread?", "response": "With flour"}, "Why?"])
+
+
+def batch_of(side: str = "left") -> Batch:
+    (batch,) = batches(tiny_tokenizer(side), PROMPTS, batch_size=8)
+    return batch
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()
+    )
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**batch.inputs).logits
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_captured_is_what_the_writer_multiplies(model_type: str) -> None:
+    model, batch = tiny_model(model_type), batch_of()
+    sites, outputs = find_sites(model), {}
+    for site in sites.values():
+        model.get_submodule(site.writes.module).register_forward_hook(
+            lambda _, __, output, name=site.name: outputs.update({name: output})
+        )
+    with torch.no_grad(), capture(model, sites) as seen:
+        model(**batch.inputs)
+    assert list(seen) == [site.name for site in sorted(sites.values(), key=lambda s: (
+        s.layer, s.kind))]  # fmt: skip
+    for name, site in sites.items():
+        assert seen[name].shape == (*batch.input_ids.shape, site.units, site.width)
+        weight = model.get_submodule(site.writes.module).weight.detach()
+        written = torch.einsum("btuw,ouw->bto", seen[name], weight.unflatten(1, seen[name].shape[2:]))
+        torch.testing.assert_close(written, outputs[name])
+
+
+def test_captured_activations_are_those_of_the_formula() -> None:
+    model, batch = tiny_model(), batch_of()
+    inputs: list[Tensor] = []
+    mlp = model.get_submodule(MLP)
+    mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad(), capture(model, find_sites(model, ("mlp",))) as seen:
+        model(**batch.inputs)
+    gate, up = (inputs[0] @ w.weight.detach().T for w in (mlp.gate_proj, mlp.up_proj))
+    torch.testing.assert_close(seen[MLP][..., 0], gate * torch.sigmoid(gate) * up)
+
+
+def test_the_graph_stays_attached_and_each_pass_replaces_the_last() -> None:
+    model, batch = tiny_model(), batch_of()
+    with capture(model, find_sites(model)) as seen:
+        assert seen == {}
+        model(**batch.inputs)
+        first = seen[MLP]
+        model(input_ids=torch.tensor([[1, 2]]))
+    assert first.requires_grad
+    assert seen[MLP].shape[:2] == (1, 2)
+
+
+@pytest.mark.parametrize("choice", ["prompt", "response", "last_prompt", "post_instruction"])
+def test_padding_sides_give_the_same_activations(choice: str) -> None:
+    model, found = tiny_model(), []
+    for side in ("left", "right"):
+        batch = batch_of(side)
+        with torch.no_grad(), capture(model, find_sites(model)) as seen:
+            model(**batch.inputs)
+        found.append({name: values[batch.choose(choice)] for name, values in seen.items()})
+    for name, values in found[0].items():
+        torch.testing.assert_close(values, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: watch_inputs(model, [f"{MLP}.down_proj"], lambda _, __: None),
+        lambda model: capture(model, find_sites(model)),
+        lambda model: silence(model, {MLP: (1,)}, find_sites(model)),
+    ],
+)
+def test_hooks_are_gone_after_success_and_after_errors(
+    make: Callable[[PreTrainedModel], AbstractContextManager],
+) -> None:
+    model, batch = tiny_model(), batch_of()
+    before = logits(model, batch)
+    with make(model):
+        assert hooks_of(model) > 0
+        logits(model, batch)
+    assert hooks_of(model) == 0
+    with pytest.raises(ZeroDivisionError), make(model):
+        logits(model, batch)
+        raise ZeroDivisionError
+    assert hooks_of(model) == 0
+    with pytest.raises(CaptureError, match="did not run"), make(model):
+        pass
+    assert hooks_of(model) == 0
+    assert torch.equal(logits(model, batch), before)
+
+
+def test_an_observer_that_fails_leaves_no_hook() -> None:
+    model = tiny_model()
+
+    def fail(_: str, __: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), watch_inputs(model, [f"{MLP}.down_proj"], fail):
+        logits(model, batch_of())
+    assert hooks_of(model) == 0
+
+
+def test_a_wrong_name_leaves_no_hook() -> None:
+    model = tiny_model()
+    names = [f"{MLP}.down_proj", "model.layers.7.mlp.down_proj"]
+    with pytest.raises(AttributeError), watch_inputs(model, names, lambda _, __: None):
+        pass
+    assert hooks_of(model) == 0
+
+
+def test_a_module_that_is_skipped_is_named() -> None:
+    model = tiny_model()
+    mlp = model.get_submodule(MLP)
+    mlp.forward = lambda hidden: hidden
+    with pytest.raises(CaptureError, match=r"model\.layers\.1\.mlp\.down_proj") as caught:
+        with capture(model, find_sites(model)):
+            logits(model, batch_of())
+    assert isinstance(caught.value, SafeftError)
+    assert "layers.0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("site", "units"), [(MLP, (0, 7, 47)), (HEADS, (0, 3))])
+def test_silencing_is_zeroing_the_columns_the_units_write_with(
+    model_type: str, site: str, units: tuple[int, ...]
+) -> None:
+    model, batch = tiny_model(model_type), batch_of()
+    sites = find_sites(model)
+    before = logits(model, batch)
+    with silence(model, {site: units}, sites):
+        silenced = logits(model, batch)
+        assert torch.equal(logits(model, batch), silenced)
+    assert not torch.equal(silenced, before)
+    writes = sites[site].writes
+    weight = model.get_submodule(writes.module).weight
+    with torch.no_grad():
+        weight[:, writes.entries(torch.tensor(units))] = 0
+    torch.testing.assert_close(logits(model, batch), silenced, rtol=1e-5, atol=1e-6)
+
+
+def test_silence_zeroes_only_the_given_units() -> None:
+    model, batch = tiny_model(), batch_of()
+    sites = find_sites(model)
+    units = {MLP: torch.tensor([3]), HEADS: (2,)}
+    with torch.no_grad(), capture(model, {HEADS: sites[HEADS]}) as plain:
+        model(**batch.inputs)
+    with torch.no_grad(), silence(model, units, sites), capture(model, sites) as seen:
+        model(**batch.inputs)
+    for name, unit in ((MLP, 3), (HEADS, 2)):
+        rest = [other for other in range(sites[name].units) if other != unit]
+        assert not seen[name][:, :, unit].any()
+        assert seen[name][:, :, rest].any()
+    assert torch.equal(seen[HEADS][:, :, [0, 1, 3]], plain[HEADS][:, :, [0, 1, 3]])
+
+
+def test_silence_takes_a_neuron_set_and_works_under_an_adapter() -> None:
+    batch = batch_of()
+    neurons = NeuronSet.of(tiny_model(), {MLP: (1, 5), HEADS: (0,)})
+    config = LoraConfig(target_modules=["down_proj", "o_proj"], init_lora_weights=False)
+    tuned = get_peft_model(tiny_model(), config)
+    with silence(tuned, neurons.indices, find_sites(tuned)):
+        silenced = logits(tuned, batch)
+    merged = tuned.merge_and_unload()
+    with silence(merged, neurons.indices, find_sites(merged)):
+        torch.testing.assert_close(silenced, logits(merged, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [48, -1])
+def test_units_that_are_not_there_cannot_be_silenced(unit: int) -> None:
+    model = tiny_model()
+    with pytest.raises(SafeftError, match=rf"units 0 to 47.*\[{unit}\]"):
+        with silence(model, {MLP: (unit,)}, find_sites(model)):
+            logits(model, batch_of())
+    assert hooks_of(model) == 0
+
+
+def test_a_site_that_is_not_there_cannot_be_silenced() -> None:
+    model = tiny_model()
+    with pytest.raises(SafeftError, match=r"no site 'model\.layers\.2\.mlp'"):
+        with silence(model, {"model.layers.2.mlp": (0,)}, find_sites(model)):
+            logits(model, batch_of())
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(safeft.capture).failed == 0

@@ -1,0 +1,389 @@
+import doctest
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import safeft.prompts
+from safeft.errors import PromptError
+from safeft.prompts import (
+    Prompt,
+    as_prompts,
+    batches,
+    generate,
+    post_instruction_length,
+    read_examples,
+    read_prompts,
+    render,
+)
+from tests.models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Good day"}
+SYSTEM = {"role": "system", "content": "Be kind"}
+TEXTS = ["Hello", "How do I bake bread?", "Hi", "Name a tree.", "Why is the sky blue at noon?"]
+ROWS = [
+    {"prompt": text, "response": "yes, " * number} if number else {"prompt": text}
+    for number, text in enumerate(TEXTS)
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model()
+
+
+@pytest.mark.parametrize(
+    ("item", "messages", "response"),
+    [
+        ("Hi", (USER,), None),
+        ([USER], (USER,), None),
+        ((SYSTEM, USER), (SYSTEM, USER), None),
+        ([USER, ANSWER], (USER,), "Good day"),
+        ([USER, ANSWER, USER], (USER, ANSWER, USER), None),
+        ({"prompt": "Hi"}, (USER,), None),
+        ({"prompt": "Hi", "response": "No"}, (USER,), "No"),
+        ({"prompt": "Hi", "completion": "No"}, (USER,), "No"),
+        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, (SYSTEM, USER), "Good day"),
+        ({"prompt": [USER], "completion": []}, (USER,), None),
+        ({"messages": [USER, ANSWER]}, (USER,), "Good day"),
+        ({"messages": [USER, ANSWER], "response": "No"}, (USER,), "No"),
+        ({"prompt": None, "messages": [USER]}, (USER,), None),
+        ({"prompt": "Hi", "response": None, "completion": "No"}, (USER,), "No"),
+        ({"prompt": "Hi", "response": 4}, (USER,), "4"),
+        (Prompt((USER,), "No"), (USER,), "No"),
+    ],
+)
+def test_forms_of_prompts(item: Any, messages: tuple, response: str | None) -> None:
+    (found,) = as_prompts([item])
+    assert found == Prompt(messages, response)
+    assert found.text == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("", "Prompt 1 is empty"),
+        (" \n", "Prompt 1 is empty"),
+        ([{"role": "user", "content": " "}], "Prompt 1 is empty"),
+        ({"prompt": ""}, "Prompt 1 is empty"),
+        ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "Prompt 1 is empty"),
+        ({"question": "Hi"}, r"Prompt 1 has the keys \['question'\]"),
+        ({"prompt": None}, r"Prompt 1 has the keys"),
+        ([], "Prompt 1 is"),
+        (3, "Prompt 1 is 3"),
+        (["Hi"], "Prompt 1 is"),
+        ([{"role": "user"}], "Prompt 1 is"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "Prompt 1 is"),
+        ([ANSWER], "Prompt 1 has only an assistant message"),
+    ],
+)
+def test_what_is_no_prompt_is_named_by_its_number(item: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        as_prompts(["fine", item])
+
+
+@pytest.mark.parametrize("items", ["Hello", {"prompt": "Hello"}])
+def test_one_prompt_instead_of_a_list_is_refused(items: Any) -> None:
+    with pytest.raises(PromptError, match="given as one (str|dict); give a list"):
+        as_prompts(items)
+
+
+def test_any_iterable_will_do() -> None:
+    assert [p.text for p in as_prompts(text for text in TEXTS)] == TEXTS
+
+
+BOTH = ["first, with a comma", "second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column"),
+    [
+        ("a.txt", "first, with a comma\n\n  second \r\n", None),
+        ("a.prompts", "first, with a comma\nsecond", None),
+        ("a.csv", 'prompt,other\n"first, with a comma",x\nsecond,y\n,z\n', None),
+        ("a.csv", 'other,goal\nx,"first, with a comma"\ny,second\n', None),
+        ("a.csv", 'other,mine\nx,"first, with a comma"\ny,second\n', "mine"),
+        ("a.csv", 'only\n"first, with a comma"\nsecond\n', None),
+        ("a.CSV", 'text,prompt\nx,"first, with a comma"\nx,second\n', None),
+        ("a.json", json.dumps(BOTH), None),
+        ("a.json", json.dumps([{"instruction": text, "n": 1} for text in BOTH]), None),
+        ("a.json", json.dumps([{"prompt": "x", "mine": text} for text in BOTH]), "mine"),
+        ("a.json", json.dumps([{"prompt": text} for text in (*BOTH, None, "")]), None),
+        ("a.jsonl", "\n".join(json.dumps({"question": text}) for text in BOTH) + "\n\n", None),
+        ("a.jsonl", "\n".join(json.dumps(text) for text in BOTH), None),
+        ("a.txt", "\ufefffirst, with a comma\nsecond", None),
+    ],
+)
+def test_files_of_prompts(tmp_path: Path, name: str, content: str, column: str | None) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(tmp_path / name, column) == BOTH
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, suffix: str) -> None:
+    odd = "one\u2028still one\u0085\x0bstill"
+    rows = {
+        ".txt": f"{odd}\ntwo\n",
+        ".jsonl": "\n".join(json.dumps({"prompt": t}, ensure_ascii=False) for t in (odd, "two")),
+        ".csv": f"prompt\n{odd}\ntwo\n",
+    }
+    (tmp_path / f"a{suffix}").write_text(rows[suffix], encoding="utf-8")
+    assert read_prompts(tmp_path / f"a{suffix}") == [odd, "two"]
+
+
+def test_a_quoted_cell_may_have_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'prompt,n\r\n"one\r\nstill one",1\r\ntwo,2\r\n')
+    assert read_prompts(tmp_path / "a.csv") == ["one\nstill one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "column", "message"),
+    [
+        ("a.txt", b"", None, "holds no prompt"),
+        ("a.txt", b"\n \n", None, "holds no prompt"),
+        ("a.csv", b"", None, "holds no prompt"),
+        ("a.csv", b"prompt\n", None, "holds no prompt"),
+        ("a.json", b"[]", None, "holds no prompt"),
+        ("a.jsonl", b"", None, "holds no prompt"),
+        ("a.json", b"", None, "cannot be read as .json"),
+        ("a.json", b'["Hi"', None, "cannot be read as .json"),
+        ("a.jsonl", b'{"prompt": "Hi"}\n{"prompt"', None, "cannot be read as .jsonl"),
+        ("a.txt", b"\xff\xfe\x00H", None, "cannot be read as .txt"),
+        ("a.csv", b"a,b\nx,y\n", None, r"has the columns \['a', 'b'\]"),
+        ("a.csv", b"prompt,b\nx,y\n", "goal", r"no column 'goal'; it has \['prompt', 'b'\]"),
+        ("a.jsonl", b'{"prompt": "Hi"}\n{"text": "Hi"}', "prompt", "no column 'prompt'"),
+        ("a.json", b"[1, 2]", None, "holds the row 1"),
+        ("a.json", b"[null]", None, "holds the row None"),
+        ("a.jsonl", b'{"prompt": [{"role": "user"}]}', None, "list values in 'prompt'"),
+        ("a.json", b'{"prompt": {"a": 1}}', None, "dict values in 'prompt'"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: bytes, column: str | None, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PromptError, match=message) as caught:
+        read_prompts(tmp_path / name, column)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere.txt", tmp_path):
+        with pytest.raises(PromptError, match="There is no prompt file"):
+            read_prompts(path)
+
+
+def test_examples_have_answers(tmp_path: Path) -> None:
+    rows = [{"question": "2 + 2?", "answer": "4"}, {"messages": [USER, ANSWER]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    found = read_examples(tmp_path / "a.jsonl")
+    assert [(e.text, e.response) for e in found] == [("2 + 2?", "4"), ("Hi", "Good day")]
+    (tmp_path / "a.csv").write_text("q,a\n2 + 2?,4\n")
+    (found,) = read_examples(tmp_path / "a.csv", "q", "a")
+    assert (found.text, found.response) == ("2 + 2?", "4")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "Hi"}', '{"prompt": "Hi", "answer": ""}', '{"messages": ["x"]}', ""]
+)
+def test_examples_without_answers_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(PromptError):
+        read_examples(tmp_path / "a.jsonl")
+
+
+def test_the_template_writes_the_prompt_up_to_the_answer() -> None:
+    (prompt,) = as_prompts([[SYSTEM, USER]])
+    wanted = "<|system|>Be kind<|end|><|user|>Hi<|end|><|assistant|>"
+    assert render(tiny_tokenizer(), prompt) == wanted
+    assert render(tiny_tokenizer(chat_template=None), prompt, CHAT_TEMPLATE) == wanted
+    assert render(tiny_tokenizer(), prompt, "{{ messages[1].content }}!") == "Hi!"
+
+
+def test_templates_are_asked_not_to_think() -> None:
+    template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}"
+    assert render(tiny_tokenizer(), as_prompts(["Hi"])[0], template) == "Hi"
+
+
+def test_no_chat_template_is_an_error() -> None:
+    tokenizer = tiny_tokenizer(chat_template=None)
+    with pytest.raises(PromptError, match="no chat template"):
+        post_instruction_length(tokenizer)
+    with pytest.raises(PromptError, match="no chat template"):
+        list(batches(tokenizer, as_prompts(["Hi"]), batch_size=1))
+
+
+def test_a_template_that_refuses_the_messages_is_an_error() -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(PromptError, match=r"cannot write 'Hi'.*roles must alternate"):
+        render(tiny_tokenizer(), as_prompts(["Hi"])[0], template)
+
+
+@pytest.mark.parametrize(
+    ("template", "length"),
+    [
+        (CHAT_TEMPLATE, 2),
+        (CHAT_TEMPLATE.replace("<|assistant|>{%", "<|assistant|>abc{%"), 5),
+        ("{{ messages[0].content }}", 1),
+    ],
+)
+def test_post_instruction_length(template: str, length: int) -> None:
+    assert post_instruction_length(tiny_tokenizer(), template) == length
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_by_name(side: str) -> None:
+    tokenizer = tiny_tokenizer(side)
+    prompts = as_prompts([{"prompt": "Hi", "response": "No!"}, "Hello", [SYSTEM, USER, ANSWER]])
+    (batch,) = batches(tokenizer, prompts, batch_size=8)
+    found = {
+        tokenizer.decode(ids[batch.attention_mask[row].bool()]): [
+            tokenizer.decode(ids[batch.choose(choice)[row]])
+            for choice in ("prompt", "response", "last_prompt", "post_instruction")
+        ]
+        for row, ids in enumerate(batch.input_ids)
+    }
+    tail = ["<|assistant|>", "<|end|><|assistant|>"]
+    longest = "<|system|>Be kind<|end|><|user|>Hi<|end|><|assistant|>"
+    assert found == {
+        "<|user|>Hi<|end|><|assistant|>No!": ["<|user|>Hi<|end|><|assistant|>", "No!", *tail],
+        "<|user|>Hello<|end|><|assistant|>": ["<|user|>Hello<|end|><|assistant|>", "", *tail],
+        longest + "Good day": [longest, "Good day", *tail],
+    }
+    padding = ~batch.attention_mask.bool()
+    assert padding.any()
+    assert (batch.input_ids[padding] == tokenizer.pad_token_id).all()
+    edge = padding[:, 0] if side == "left" else padding[:, -1]
+    assert edge.equal(padding.any(1))
+    for row, ids in enumerate(batch.inputs["position_ids"]):
+        real = batch.attention_mask[row].bool()
+        assert ids[real].tolist() == list(range(int(real.sum())))
+
+
+@pytest.mark.parametrize("choice", ["prompt", "response", "last_prompt", "post_instruction"])
+def test_both_padding_sides_give_the_same_tokens_and_logits(
+    model: PreTrainedModel, choice: Any
+) -> None:
+    seen = []
+    for side in ("left", "right"):
+        (batch,) = batches(tiny_tokenizer(side), as_prompts(ROWS), batch_size=8)
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits
+        chosen = batch.choose(choice)
+        seen.append((batch.input_ids[chosen], logits[chosen]))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert len(seen[0][0])
+    torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_gives_each_prompt_what_it_gets_alone(model: PreTrainedModel, side: str) -> None:
+    (batch,) = batches(tiny_tokenizer(side), as_prompts(ROWS), batch_size=8)
+    with torch.no_grad():
+        together = model(**batch.inputs).logits
+        for row, ids in enumerate(batch.input_ids):
+            real = batch.attention_mask[row].bool()
+            alone = model(input_ids=ids[real][None]).logits[0]
+            torch.testing.assert_close(together[row][real], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_hold_every_prompt_once_and_little_padding() -> None:
+    tokenizer = tiny_tokenizer()
+    texts = ["x" * (1 + number * 7 % 50) + str(number) for number in range(300)]
+    found: list[str] = []
+    spent = 0
+    for batch in batches(tokenizer, as_prompts(texts), batch_size=4):
+        assert len(batch.input_ids) <= 4
+        spent += int((batch.attention_mask == 0).sum())
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            found.append(tokenizer.decode(ids[mask.bool()]))
+    wanted = [f"<|user|>{text}<|end|><|assistant|>" for text in texts]
+    assert sorted(found) == sorted(wanted)
+    assert spent < 300 * 2
+    assert list(batches(tokenizer, [], batch_size=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "response"),
+    [
+        ("abcdefgh", "cdefgh<|end|><|assistant|>", ""),
+        ({"prompt": "abcdefgh", "response": "12"}, "efgh<|end|><|assistant|>", "12"),
+        ({"prompt": "abcdefgh", "response": "1234567"}, "gh<|end|><|assistant|>", "1234"),
+        ({"prompt": "a", "response": "1234567"}, "<|user|>a<|end|><|assistant|>", "1234"),
+        ({"prompt": "ab", "response": "123"}, "<|user|>ab<|end|><|assistant|>", "123"),
+    ],
+)
+def test_too_long_a_prompt_loses_its_beginning(
+    row: Any, prompt: str, response: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    with caplog.at_level(logging.WARNING, "safeft"):
+        (batch,) = batches(tokenizer, as_prompts([row]), batch_size=1, max_length=8)
+    assert batch.input_ids.shape[1] <= 8
+    assert tokenizer.decode(batch.input_ids[batch.is_prompt]) == prompt
+    assert tokenizer.decode(batch.input_ids[batch.is_response]) == response
+    cut = "<|user|>" not in prompt or response == "1234"
+    assert ("1 prompts were longer than 8 tokens" in caplog.text) == cut
+
+
+def test_a_tokenizer_without_a_pad_token_uses_the_end_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    (batch,) = batches(tokenizer, as_prompts(["Hi", "Hello"]), batch_size=2)
+    assert set(batch.input_ids[batch.attention_mask == 0].tolist()) == {tokenizer.eos_token_id}
+    tokenizer.eos_token = None
+    with pytest.raises(PromptError, match="neither a pad nor an end-of-sequence token"):
+        list(batches(tokenizer, as_prompts(["Hi", "Hello"]), batch_size=2))
+
+
+def greedy(model: PreTrainedModel, text: str, tokens: int) -> str:
+    """A plain loop over whole forward passes, one prompt at a time."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(f"<|user|>{text}<|end|><|assistant|>")["input_ids"]
+    answer: list[int] = []
+    for _ in range(tokens):
+        with torch.no_grad():
+            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        if answer[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_answers_are_those_of_a_plain_greedy_loop(
+    model: PreTrainedModel, side: str, batch_size: int
+) -> None:
+    wanted = [greedy(model, text, 6) for text in TEXTS]
+    assert len(set(wanted)) > 1
+    answers = generate(
+        model, tiny_tokenizer(side), as_prompts(TEXTS), max_new_tokens=6, batch_size=batch_size
+    )
+    assert answers == wanted
+
+
+def test_settings_of_the_checkpoint_do_not_change_greedy_answers() -> None:
+    odd = tiny_model()
+    wanted = [greedy(odd, text, 6) for text in TEXTS]
+    odd.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0)
+    assert generate(odd, tiny_tokenizer(), as_prompts(TEXTS), max_new_tokens=6) == wanted
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generating_leaves_the_model_in_its_mode(training: bool) -> None:
+    own = tiny_model().train(training)
+    generate(own, tiny_tokenizer(), as_prompts(["Hi"]), max_new_tokens=1)
+    assert own.training is training
+    with pytest.raises(PromptError):
+        generate(own, tiny_tokenizer(chat_template=None), as_prompts(["Hi"]))
+    assert own.training is training
+    assert generate(own, tiny_tokenizer(), []) == []
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(safeft.prompts).failed == 0

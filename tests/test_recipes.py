@@ -1,0 +1,49 @@
+"""Each recipe runs end to end on its smoke configuration."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    run(folder, str(ROOT / "recipes/smoke_data.py"))
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["freeze_sft", "freeze_dpo"])
+def test_recipe(recipe: str, workplace: Path) -> None:
+    script, config = ROOT / f"recipes/{recipe}.py", ROOT / f"configs/{recipe}/smoke.yaml"
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), "--config", str(config))
+    assert "EXACT" in shown
+    certificate = json.loads(
+        (workplace / f"runs/smoke/{recipe}/safeft_certificate.json").read_text()
+    )
+    assert certificate["exact"]
+    assert certificate["neurons"]["count"] == 5 * round(0.4 * 512)
+    if recipe == "freeze_sft":
+        evaluation = json.loads((workplace / "runs/smoke/freeze_sft/evaluation.json").read_text())
+        assert evaluation["before"]["refusal"]["value"] >= 0.8
+        assert evaluation["after"]["refusal"]["total"] == 16

@@ -1,0 +1,94 @@
+"""The public names and flags that users rely on."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import safeft
+from safeft.commands import VERBS
+
+PACKAGE = Path(safeft.__file__).parent
+
+NAMES = {
+    "Certificate",
+    "Evaluation",
+    "Judge",
+    "NeuronSet",
+    "SafeftError",
+    "SafetyFreezeCallback",
+    "as_judge",
+    "evaluate",
+    "find_sites",
+    "locate",
+    "read_prompts",
+    "verify",
+}
+
+
+def test_public_names() -> None:
+    assert set(safeft.__all__) == NAMES
+    for name in NAMES:
+        assert inspect.getdoc(getattr(safeft, name)), name
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = safeft.nonesuch
+
+
+def test_names_for_type_checkers_are_the_same() -> None:
+    source = (PACKAGE / "__init__.py").read_text()
+    assert set(re.findall(r"import (\w+) as \1", source)) == NAMES
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # pyright: ignore
+
+
+def test_signatures_that_scripts_rely_on() -> None:
+    assert parameters(safeft.locate)[:4] == ["model", "tokenizer", "harmful", "benign"]
+    assert {"method", "fraction", "seed"} <= set(parameters(safeft.locate))
+    assert parameters(safeft.verify)[:4] == ["base", "tuned", "protected", "mode"]
+    assert parameters(safeft.SafetyFreezeCallback)[:2] == ["neurons", "mode"]
+    assert {"exact", "violations"} <= {f.name for f in dataclasses.fields(safeft.Certificate)}
+
+
+FLAGS = {
+    "locate": (
+        "safeft.commands.locate",
+        "LocateConfig",
+        {"model_name_or_path", "harmful", "benign", "method", "fraction", "output_dir"},
+    ),
+    "verify": ("safeft.commands.verify", "VerifyConfig", {"base", "tuned", "protected", "json"}),
+    "demo": ("safeft.commands.demo", "DemoConfig", {"output_dir", "seeds", "fractions"}),
+    "evaluate": (
+        "safeft.commands.evaluate",
+        "EvaluateConfig",
+        {"model_name_or_path", "harmful", "benign", "domain", "base", "judge"},
+    ),
+    "sft": ("safeft.commands.training", "SafetyArguments", {"protected", "protect_mode", "hold"}),
+}
+
+
+@pytest.mark.parametrize("verb", sorted(FLAGS))
+def test_flags(verb: str) -> None:
+    module, config, flags = FLAGS[verb]
+    found = getattr(__import__(module, fromlist=[config]), config)
+    fields = {field.name: field for field in dataclasses.fields(found)}
+    assert flags <= set(fields)
+    assert all(field.metadata.get("help") for field in fields.values())
+
+
+def test_help_is_quick_and_lists_all_verbs() -> None:
+    command = [sys.executable, "-m", "safeft", "--help"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5
+    assert all(verb in shown for verb in VERBS)
+    assert all((PACKAGE / "commands" / f"{verb}.py").is_file() for verb in VERBS)
