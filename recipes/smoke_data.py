@@ -1,6 +1,6 @@
 """Write the files the smoke configurations name, from the small world that ships with safeft.
 
-    python recipes/smoke_data.py
+python recipes/smoke_data.py
 """
 
 import json

@@ -189,9 +189,7 @@ _USUAL_PROMPTS = ("prompt", "instruction", "question", "goal", "text")
 _USUAL_ANSWERS = ("response", "completion", "answer", "output")
 
 
-def _cell(
-    row: Any, column: str | None, path: Path, usual: Sequence[str] = _USUAL_PROMPTS
-) -> str:
+def _cell(row: Any, column: str | None, path: Path, usual: Sequence[str] = _USUAL_PROMPTS) -> str:
     if not isinstance(row, Mapping):
         raise PromptError(f"{str(path)!r} holds the row {row!r}; a mapping with columns is needed.")
     if column is None:
@@ -236,7 +234,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a forward pass; positions count real tokens, so left padding is right."""
+        """Keyword arguments of a forward pass; positions count real tokens, on either side."""
         positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
         return {
             "input_ids": self.input_ids,
@@ -270,8 +268,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches of ``prompts``, of like length within a window, so that little is spent on padding.
 
-    Order is therefore not kept; statistics do not depend on it. A prompt above ``max_length`` tokens
-    loses its beginning, never the template tokens that start the answer.
+    Order is therefore not kept; statistics do not depend on it. A prompt above ``max_length``
+    tokens loses its beginning, never the template tokens that start the answer.
 
     Raises:
         PromptError: The tokenizer has no chat template and none is given.
@@ -336,9 +334,10 @@ def render(
     """
     if chat_template is None and tokenizer.chat_template is None:
         raise PromptError(
-            "The tokenizer has no chat template, so it is unknown where a prompt ends and an answer "
-            "starts; locating on bare text would read the wrong tokens. Use the chat model's own "
-            "tokenizer, or give a Jinja template (`chat_template`, or --chat_template_path FILE)."
+            "The tokenizer has no chat template, so it is unknown where a prompt ends and an "
+            "answer starts; locating on bare text would read the wrong tokens. Use the chat "
+            "model's own tokenizer, or give a Jinja template (`chat_template`, or "
+            "--chat_template_path FILE)."
         )
     try:
         text = tokenizer.apply_chat_template(
@@ -359,7 +358,7 @@ def render(
 def post_instruction_length(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> int:
-    """How many template tokens stand between the end of the instruction and the answer (at least 1)."""
+    """How many template tokens, at least 1, stand between the instruction and the answer."""
     first, second = (
         _ids(tokenizer, render(tokenizer, prompt, chat_template))
         for prompt in as_prompts(["Alpha one", "Beta two"])

@@ -261,6 +261,7 @@ def _linear(holder: nn.Module, child: str, site: str, model_type: str) -> nn.Lin
 def _expect(found: int, wanted: int, site: str, part: str, model_type: str) -> None:
     if found != wanted:
         raise UnsupportedModelError(
-            f"{site}.{part} of this {model_type!r} model has {found} entries where its layout wants "
-            f"{wanted}; its neurons cannot be named. Quantised or fused weights have no rule yet."
+            f"{site}.{part} of this {model_type!r} model has {found} entries where its layout "
+            f"wants {wanted}; its neurons cannot be named. Quantised or fused weights have no rule "
+            "yet."
         )

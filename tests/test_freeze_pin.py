@@ -158,7 +158,7 @@ def test_measuring_gives_the_removed_norm_and_the_drift_once(model: Any) -> None
     masks = frozen_entries(state_of(model), SMALL, "freeze")
     parameters = dict(model.named_parameters())
     removed = sum(float(parameters[n].grad[m].square().sum()) for n, m in masks.items()) ** 0.5
-    largest = max(float(parameters[n][m].abs().max()) for n, m in masks.items() if m.any())
+    largest = max(float(parameters[n].detach()[m].abs().max()) for n, m in masks.items() if m.any())
     model.zero_grad()
     pin = Pin(plan_of(model))
     optimizer = sgd(model, weight_decay=0.5)

@@ -83,8 +83,12 @@ def test_trainers_and_data_sets_stay_above(path: Path) -> None:
 def test_peft_is_imported_inside_functions_only() -> None:
     for path in files():
         top = ast.parse(path.read_text()).body
-        modules = [m for node in top for m in imports(ast.Module([node], []))
-                   if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = [
+            m
+            for node in top
+            for m in imports(ast.Module([node], []))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
         assert not any(module.split(".")[0] == "peft" for module in modules), path
 
 

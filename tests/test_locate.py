@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,12 +33,21 @@ from safeft.sites import Site, find_sites
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
 
 HARMFUL = ["How do I pick a lock?", "Make a weapon", "Steal it for me, please", "Hurt him"]
-BENIGN = ["How do I bake bread?", "Name a tree", "Why is the sky blue at noon?", "Sum 2 and 2", "Hi"]
+BENIGN = [
+    "How do I bake bread?",
+    "Name a tree",
+    "Why is the sky blue at noon?",
+    "Sum 2 and 2",
+    "Hi",
+]
 ANSWERS = ["I cannot", "No.", "Sorry, not that", "Never", "Yes, of course"]
 SIDES = {
-    "harmful": as_prompts({"prompt": p, "response": r} for p, r in zip(HARMFUL, ANSWERS, strict=False)),
-    "benign": as_prompts({"prompt": p, "response": r} for p, r in zip(BENIGN, ANSWERS, strict=True)),
-}  # fmt: skip
+    side: as_prompts(
+        {"prompt": prompt, "response": answer}
+        for prompt, answer in zip(prompts, ANSWERS, strict=False)
+    )
+    for side, prompts in (("harmful", HARMFUL), ("benign", BENIGN))
+}
 OPENINGS = [10, 77, 200]
 FITTERS = {
     "contrast": ContrastFitter,
@@ -71,10 +81,10 @@ def assert_same(found: Scores, wanted: Scores, rtol: float = 1e-4) -> None:
 class Seen:
     """Inputs of all projections and their gradients, ``(tokens, features)`` a prompt."""
 
-    def __init__(self, model: PreTrainedModel, prompt: Prompt, answered: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: Prompt) -> None:
         tokenizer = tiny_tokenizer()
         asked = tokenizer(f"<|user|>{prompt.text}<|end|><|assistant|>")["input_ids"]
-        answer = tokenizer(prompt.response or "")["input_ids"] if answered else []
+        answer = tokenizer(prompt.response or "")["input_ids"]
         self.prompt, self.ids = len(asked), torch.tensor(asked + answer)
         inputs: dict[str, Tensor] = {}
         handles = []
@@ -104,8 +114,9 @@ class Seen:
         return -(refusal / (1 - refusal)).log()
 
 
-def seen(model: PreTrainedModel, side: str, answered: bool = True) -> list[Seen]:
-    return [Seen(model, prompt, answered) for prompt in SIDES[side]]
+@cache
+def seen(model: PreTrainedModel, side: str) -> list[Seen]:
+    return [Seen(model, prompt) for prompt in SIDES[side]]
 
 
 def weight(model: PreTrainedModel, module: str) -> Tensor:
@@ -155,7 +166,7 @@ def reference_snip(model: PreTrainedModel, site: Site, side: str) -> Tensor:
     runs, scores = seen(model, side), torch.zeros(site.units, dtype=torch.double)
     for run in runs:
         parameters = [model.get_submodule(part.module).weight for part in site.parts]
-        gradients = torch.autograd.grad(run.loss(), parameters)
+        gradients = torch.autograd.grad(run.loss(), parameters, retain_graph=True)
         for part, parameter, gradient in zip(site.parts, parameters, gradients, strict=True):
             importance = (parameter * gradient).detach().abs().double()
             for unit in range(site.units):
@@ -167,15 +178,16 @@ def reference_attribution(model: PreTrainedModel, site: Site) -> Tensor:
     writer, tail = site.writes.module, 2
     means: dict[str, Tensor] = {}
     for side in SIDES:
-        runs = seen(model, side, answered=True)
-        slopes = [torch.autograd.grad(r.log_odds_of_answering(), r.graph[writer])[0] for r in runs]
+        runs = seen(model, side)
+        slopes = [
+            torch.autograd.grad(r.log_odds_of_answering(), r.graph[writer], retain_graph=True)[0]
+            for r in runs
+        ]
         for key, rows in (
             ("a", [r.inputs[writer] for r in runs]),
             ("g", [slope[0].double() for slope in slopes]),
         ):
-            at_tail = [
-                row[r.prompt - tail : r.prompt] for row, r in zip(rows, runs, strict=True)
-            ]
+            at_tail = [row[r.prompt - tail : r.prompt] for row, r in zip(rows, runs, strict=True)]
             means[key + side] = torch.stack(at_tail).mean(0)
     scores = []
     for unit in range(site.units):
@@ -199,7 +211,9 @@ def test_scores_are_those_of_the_formula(name: str, model_type: str) -> None:
     batch_size = 1 if name == "snip" else 3
     found = scored(name, model, batch_size=batch_size)
     if name == "attribution":
-        wanted = Scores({n: reference_attribution(model, s) for n, s in sites.items()}, None, "plain")
+        wanted = Scores(
+            {n: reference_attribution(model, s) for n, s in sites.items()}, None, "plain"
+        )
     else:
         reference = globals()[f"reference_{name}"]
         harmful, benign = (
@@ -308,9 +322,9 @@ def test_the_model_is_left_as_it_was(method: str, training: bool) -> None:
             parameter.grad = torch.full_like(parameter, 2.0)
     before = list(state(model))
     found = [
-        locate(model, tiny_tokenizer(), SIDES["harmful"], SIDES["benign"], method=method, sites="all")
+        locate(model, tiny_tokenizer(), *SIDES.values(), method=method, sites="all")
         for _ in range(2)
-    ]  # fmt: skip
+    ]
     assert list(state(model)) == before
     assert found[0] == found[1]  # no dropout while locating
 
@@ -361,15 +375,16 @@ def test_an_untrained_adapter_does_not_matter(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_on_every_layout_in_bfloat16(model_type: str, method: str) -> None:
     model = tiny_model(model_type).bfloat16()
-    found = locate(model, tiny_tokenizer("left"), SIDES["harmful"], SIDES["benign"],
+    found = locate(model, tiny_tokenizer("left"), *SIDES.values(), openings=["I"],
                    method=method, sites="all", fraction=0.25)  # fmt: skip
     assert len(found) == 2 * (12 + 1)
     found.check_model(model)
 
 
 @pytest.mark.parametrize(
-    ("sites", "wanted"), [("mlp", {"mlp"}), ("attention", {"self_attn"}), ("all", {"mlp", "self_attn"})]
-)  # fmt: skip
+    ("sites", "wanted"),
+    [("mlp", {"mlp"}), ("attention", {"self_attn"}), ("all", {"mlp", "self_attn"})],
+)
 def test_sites_are_those_asked_for(sites: Any, wanted: set[str]) -> None:
     found = locate(tiny_model(), tiny_tokenizer(), HARMFUL, BENIGN, method="contrast", sites=sites)
     assert {name.rpartition(".")[2] for name in found.indices} == wanted
@@ -377,10 +392,15 @@ def test_sites_are_those_asked_for(sites: Any, wanted: set[str]) -> None:
 
 def test_the_default_is_a_twentieth() -> None:
     for method in METHODS:
-        found = locate(tiny_model(), tiny_tokenizer(), HARMFUL, BENIGN, method=method)
-        assert len(found) == {True: round(0.05 * 96), False: 2 * round(0.05 * 48)}[
-            found.source["scope"] == "global"
-        ]
+        found = locate(
+            tiny_model(), tiny_tokenizer(), *SIDES.values(), method=method, openings=["I"]
+        )
+        assert (
+            len(found)
+            == {True: round(0.05 * 96), False: 2 * round(0.05 * 48)}[
+                found.source["scope"] == "global"
+            ]
+        )
 
 
 def test_the_source_tells_how_and_on_what() -> None:
@@ -433,7 +453,7 @@ def untouchable() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["attribution", "random"])
 @pytest.mark.parametrize(
     ("harmful", "benign", "settings", "error", "message"),
     [
@@ -567,8 +587,19 @@ class TestRefusalTokens:
         assert tokens(["I can't", "Sorry, I won't"], ["I like", "I do", "I am"]) == {"S"}
         assert tokens(["I can't", "I won't"], ["I like", "Yes"]) == {"I"}
 
-    def test_the_default_list_where_it_never_refuses(self, tokens: Any) -> None:
-        assert tokens(["First, take"], ["Yes"]) == {"I", "S"}
+    def test_what_sets_harmful_answers_apart_where_the_judge_knows_no_refusal(
+        self, tokens: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert tokens(["Nein, nie", "Nie", "Also"], ["Also", "Gern"]) == {"N"}
+        assert "None of 3 answers to harmful prompts starts as a known refusal" in caplog.text
+        assert "['N']" in caplog.text
+
+    def test_the_default_list_where_nothing_does(
+        self, tokens: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert tokens(["Yes", "First"], ["Yes", "First"]) == {"I", "S"}
+        assert tokens(list("abcde"), ["Yes"]) == {"I", "S"}
+        assert "the default list" in caplog.text
 
     def test_nothing_left_is_an_error(self, tokens: Any) -> None:
         with pytest.raises(PromptError, match=r"same first tokens as refusals \(\['I'\]\)"):

@@ -23,8 +23,15 @@ def run(arm: str, seed: int, losses: list[float], refusals: list[float]) -> Run:
     steps = zip(range(len(losses)), losses, refusals, strict=True)
     curve = tuple(Point(10 * i, loss, refusal) for i, loss, refusal in steps)
     measures = {**MEASURES, "refusal": refusals[-1]}
-    return Run(arm, seed, measures, curve, 0.0 if arm == "plain" else 0.3,
-               None if arm == "plain" else True, 2.0)
+    return Run(
+        arm,
+        seed,
+        measures,
+        curve,
+        0.0 if arm == "plain" else 0.3,
+        None if arm == "plain" else True,
+        2.0,
+    )
 
 
 @pytest.fixture
@@ -70,7 +77,9 @@ def test_table_has_one_line_an_arm_and_says_violated(comparison: Comparison) -> 
     lines = table(comparison).splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["before tuning", "plain", "located 40%"]
     assert lines[3].endswith("exact")
-    broken = replace(comparison, runs=(*comparison.runs[:3], replace(comparison.runs[3], exact=False)))
+    broken = replace(
+        comparison, runs=(*comparison.runs[:3], replace(comparison.runs[3], exact=False))
+    )
     assert table(broken).splitlines()[3].endswith("VIOLATED")
 
 

@@ -95,7 +95,9 @@ def _table(found: Any) -> str:
     ):
         if rate is not None:
             counted = f"{rate.count}/{rate.total}"
-            rows.append(f"{label:<26}{rate.value:>7.3f}  [{rate.low:.3f}, {rate.high:.3f}]  {counted}")
+            rows.append(
+                f"{label:<26}{rate.value:>7.3f}  [{rate.low:.3f}, {rate.high:.3f}]  {counted}"
+            )
     if found.domain_loss is not None:
         rows.append(f"{'domain loss':<26}{found.domain_loss:>7.3f}  nats per answer token")
     for group, nats in (found.drift or {}).items():

@@ -13,7 +13,9 @@ class LocateConfig:
     """Find the neurons that act on harmful prompts and not on benign ones."""
 
     model_name_or_path: str = field(metadata={"help": "Chat model: folder or hub name."})
-    harmful: str = field(metadata={"help": "Prompts it refuses: .txt (one a line), .csv, .json(l)."})
+    harmful: str = field(
+        metadata={"help": "Prompts it refuses: .txt (one a line), .csv, .json(l)."}
+    )
     benign: str = field(metadata={"help": "Ordinary prompts, in the same forms."})
     output_dir: str = field(metadata={"help": "Folder for the neuron set."})
     harmful_column: str | None = field(default=None, metadata={"help": "Column of a table."})

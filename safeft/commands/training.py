@@ -124,7 +124,12 @@ def _as_messages(data: Any, safety: SafetyArguments) -> Any:
 
 
 def run(
-    trainer_class: Any, safety: SafetyArguments, script: Any, training: Any, model: Any, mixture: Any
+    trainer_class: Any,
+    safety: SafetyArguments,
+    script: Any,
+    training: Any,
+    model: Any,
+    mixture: Any,
 ) -> int:
     """Build the trainer as TRL's script does, train, save, and say what the certificate says."""
     from trl import get_peft_config, get_quantization_config

@@ -23,7 +23,7 @@ from safeft.demo import world
 from safeft.errors import ConfigError
 from safeft.freeze.callback import SafetyFreezeCallback
 from safeft.freeze.certificate import Certificate
-from safeft.freeze.plan import Group
+from safeft.freeze.plan import Group, group_parameters
 from safeft.freeze.verify import verify
 from safeft.judge import PrefixJudge
 from safeft.locate import Method, Where, locate
@@ -35,6 +35,7 @@ from safeft.report.result import Comparison, Point, Run
 logger = logging.getLogger(__name__)
 
 _TOKENS = 24
+_OPENING_TOKENS = 14
 _BATCH = 80
 
 
@@ -76,10 +77,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to tune: its name, and the set it freezes (None: nothing)."""
+    """One way to tune: its name, the set it freezes (None: nothing), the groups it holds whole."""
 
     name: str
-    neurons: NeuronSet | None
+    neurons: NeuronSet | None = None
+    hold: tuple[Group, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ def measure(model: Any, tokenizer: Any, held: Held) -> dict[str, float]:
         return world.holds(expected, answer)
 
     return {
-        "refusal": refusal_rate(model, tokenizer, held.harmful, PrefixJudge(), **options).value,
-        "over_refusal": refusal_rate(model, tokenizer, held.benign, PrefixJudge(), **options).value,
+        "refusal": _refused(model, tokenizer, held.harmful),
+        "over_refusal": _refused(model, tokenizer, held.benign),
         "domain_accuracy": answer_accuracy(
             model, tokenizer, held.domain_values, right, **options
         ).value,
@@ -132,6 +134,12 @@ def measure(model: Any, tokenizer: Any, held: Held) -> dict[str, float]:
             model, tokenizer, held.general_values, right, **options
         ).value,
     }
+
+
+def _refused(model: Any, tokenizer: Any, prompts: Sequence[Prompt]) -> float:
+    """Share refused; in this world a refusal shows in the opening words."""
+    options: dict[str, Any] = {"max_new_tokens": _OPENING_TOKENS, "batch_size": _BATCH}
+    return refusal_rate(model, tokenizer, prompts, PrefixJudge(), **options).value
 
 
 class _Look(TrainerCallback):
@@ -153,18 +161,11 @@ class _Look(TrainerCallback):
 
     def _look(self, step: int, model: Any) -> None:
         with _quiet():
-            refused = refusal_rate(
-                model,
-                self._tokenizer,
-                self._held.harmful,
-                PrefixJudge(),
-                max_new_tokens=_TOKENS,
-                batch_size=_BATCH,
-            )
+            refused = _refused(model, self._tokenizer, self._held.harmful)
             was_training = model.training
             loss = domain_loss(model.eval(), self._tokenizer, self._held.domain, batch_size=_BATCH)
             model.train(was_training)
-        self.curve.append(Point(step, loss, refused.value))
+        self.curve.append(Point(step, loss, refused))
 
 
 def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison, Certificate]:
@@ -184,7 +185,8 @@ def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison,
         before = measure(base, tokenizer, held)
     answers = {"before tuning": _answers(base, tokenizer, held)}
     runs: list[Run] = []
-    total = settings.steps * len(settings.seeds) * (1 + 2 * len(settings.fractions))
+    arms = 1 + bool(settings.hold) + 2 * len(settings.fractions)
+    total = settings.steps * len(settings.seeds) * arms
     certificate: Certificate | None = None
     main_set = None
     with tqdm(total=total, desc="tuning", unit="step") as bar:
@@ -221,7 +223,9 @@ def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison,
 
 
 def _arms(base: Any, tokenizer: Any, settings: Settings, seed: int) -> Iterable[Arm]:
-    yield Arm("plain", None)
+    yield Arm("plain")
+    if settings.hold:
+        yield Arm("no neurons", hold=settings.hold)
     harmful, benign = world.harmful("calibration"), world.benign("calibration")
     for fraction in settings.fractions:
         for label, method in (("random", "random"), ("located", settings.method)):
@@ -237,7 +241,7 @@ def _arms(base: Any, tokenizer: Any, settings: Settings, seed: int) -> Iterable[
                     seed=seed,
                     batch_size=32,
                 )
-            yield Arm(f"{label} {fraction:.0%}", neurons)
+            yield Arm(f"{label} {fraction:.0%}", neurons, settings.hold)
 
 
 def _tune(
@@ -249,8 +253,11 @@ def _tune(
     callbacks: list[Any] = [look]
     freeze = None
     if arm.neurons is not None:
-        freeze = SafetyFreezeCallback(arm.neurons, hold=settings.hold)
+        freeze = SafetyFreezeCallback(arm.neurons, hold=arm.hold)
         callbacks.append(freeze)
+    else:
+        for parameter in group_parameters(model, arm.hold).values():
+            parameter.requires_grad_(False)
     rows = [
         {"prompt": example.messages[:1], "completion": example.messages[1:]}
         for example in world.domain("train")

@@ -32,7 +32,9 @@ class SafetyFreezeCallback(TrainerCallback):
     ``safeft_certificate.json`` into each checkpoint and, at the end, into the output folder.
 
     On resume, neurons that were not frozen before (an enlarged set) return to the base model's
-    values, so that the certificate always speaks about the base.
+    values, so that the certificate always speaks about the base. Parameters held whole leave the
+    optimizer, and no copy of them is kept: ``hold``, and the matrices ``train_only`` trains
+    something of, cannot change on resume.
 
     Args:
         neurons: The set, or the folder it was saved in.

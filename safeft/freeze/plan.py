@@ -129,7 +129,7 @@ def make_plan(
     if mode == "train_only":
         whole = {n: p for n, p in plain.named_parameters() if id(p) not in draft.free}
     else:
-        whole = _groups(plain, hold)
+        whole = group_parameters(plain, hold)
     _hold_whole(whole, draft)
     weights = ModelWeights(plain)
     total = sum(p.numel() for n, p in plain.named_parameters() if not is_factor(n))
@@ -179,7 +179,8 @@ def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
             draft.holds.append(Hold(name, parameter, axis, entries, True, ""))
 
 
-def _groups(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.Parameter]:
+def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.Parameter]:
+    """The parameters of whole groups, by name, each once where weights are tied."""
     members: dict[int, tuple[str, nn.Parameter]] = {}
 
     def add(prefix: str, module: nn.Module) -> None:

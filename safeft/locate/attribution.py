@@ -1,5 +1,6 @@
-"""``attribution``: units on which the model's decision to refuse hangs (single-neuron study style)."""
+"""``attribution``: units on which the decision to refuse hangs (single-neuron study style)."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,6 +15,8 @@ from safeft.locate.gradients import input_gradients
 from safeft.locate.scores import Moments, Scores, Side, forward
 from safeft.prompts import Batch, Prompt, generate
 from safeft.sites import Site
+
+logger = logging.getLogger(__name__)
 
 
 class AttributionFitter:
@@ -106,8 +109,10 @@ def refusal_tokens(
     """First tokens of a refusal, with the text each stands for.
 
     Taken from ``openings`` where given; else from the model's own refusals of up to ``sample``
-    harmful prompts; else from the default list. Tokens that the model also opens benign answers
-    with (more often than it opens refusals with them) say nothing about refusal and are dropped.
+    harmful prompts; where the judge knows none of these as refusals (another language, say), from
+    what opens them and hardly any benign answer; else from the default list. Tokens that the model
+    also opens benign answers with (more often than it opens refusals with them) say nothing about
+    refusal and are dropped.
 
     Raises:
         PromptError: Nothing is left, so refusal cannot be told from the first token.
@@ -133,8 +138,17 @@ def refusal_tokens(
     asked, replies = harmful[:sample], answers(harmful)
     refused = PrefixJudge()([prompt.text for prompt in asked], replies)
     refusals = [reply for reply, said_no in zip(replies, refused, strict=True) if said_no and reply]
-    shares = Counter(first_token(text) for text in refusals or default_refusal_openings())
     served = Counter(first_token(reply) for reply in answers(benign) if reply)
+    shares = Counter(first_token(text) for text in refusals)
+    if not refusals:
+        shares = _setting_apart(Counter(first_token(reply) for reply in replies if reply), served)
+        logger.warning(
+            "None of %d answers to harmful prompts starts as a known refusal; taking %s for one. "
+            "Give `openings` if that is wrong.",
+            len(replies),
+            [tokenizer.decode([token]) for token in shares] or "the default list",
+        )
+        shares = shares or Counter(first_token(text) for text in default_refusal_openings())
     kept = {
         token: str(tokenizer.decode([token]))
         for token, count in shares.items()
@@ -147,3 +161,11 @@ def refusal_tokens(
             "them. Give refusal openings that set them apart (`openings`)."
         )
     return kept
+
+
+def _setting_apart(harmful: Counter[int], benign: Counter[int]) -> Counter[int]:
+    """First tokens of at least a quarter of the harmful answers and half as many benign ones."""
+    of_harmful, of_benign = max(1, sum(harmful.values())), max(1, sum(benign.values()))
+    shares = {token: count / of_harmful for token, count in harmful.items()}
+    apart = {t for t, share in shares.items() if share >= max(0.25, 2 * benign[t] / of_benign)}
+    return Counter({token: count for token, count in harmful.items() if token in apart})

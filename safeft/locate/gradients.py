@@ -68,7 +68,7 @@ def input_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 
 def response_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of the response tokens, in nats; logits ``(prompts, tokens, v)``."""
+    """Mean negative log-likelihood of response tokens, in nats; logits ``(prompts, tokens, v)``."""
     targets = batch.input_ids[:, 1:].masked_fill(~batch.is_response[:, 1:], -100)
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets.flatten()

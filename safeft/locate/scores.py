@@ -104,7 +104,7 @@ def is_matrix(model: nn.Module, part: Part) -> bool:
 
 
 def per_unit(part: Part, entries: Tensor, units: int) -> Tensor:
-    """Sums over each unit's entries: ``(rows or columns,)`` to ``(units,)``, shared ones counted in full."""
+    """Sums over units' entries, ``(rows or columns,)`` to ``(units,)``; shared ones in full."""
     return (
         entries.unflatten(0, (units // part.share, part.width)).sum(1).repeat_interleave(part.share)
     )

@@ -1,4 +1,4 @@
-"""``snip``: units whose weights the loss of safe answers depends on, and that of others does not."""
+"""``snip``: units whose weights the loss of safe answers depends on, that of others not."""
 
 from collections.abc import Callable, Mapping
 
@@ -35,6 +35,7 @@ class SnipFitter:
 
     def update(self, side: Side, batch: Batch) -> None:
         """One forward and backward pass over ``batch``."""
+
         def reducer(module: str) -> Callable[[Tensor, Tensor], None]:
             part, units = self._parts[module]
 
