@@ -212,6 +212,7 @@ def evaluate(model: Path, base: Path, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Build once, then run every command of the main job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("runs/public"))

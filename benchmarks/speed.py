@@ -7,8 +7,8 @@ A: step time and peak memory, 5% of MLP neurons frozen against nothing frozen, a
 B: locating against a bare pass over the same batches: forward only, or forward and backward.
 C: peak memory of locating from 100 to 10,000 prompts, and of caching all activations first.
 
-Pairs alternate (A B, then B A), and the median of the ratios is given, so that a machine whose speed
-drifts does not decide. Memory is the peak of what torch allocates, from its profiler.
+Pairs alternate (A B, then B A), and the median of the ratios is given, so that a machine whose
+speed drifts does not decide. Memory is the peak of what torch allocates, from its profiler.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ class Steps:
                 hold.parameter.register_hook(lambda grad, mask=mask: grad * mask)
 
     def step(self, ids: torch.Tensor) -> None:
+        """Forward, backward, clip, update."""
         self.model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -152,11 +154,11 @@ def training(width: int, layers: int, pairs: int, fraction: float) -> dict[str, 
         "tokens_per_step": ids.numel(),
         "frozen_slices_bytes": ways["safeft"].slices_bytes,
     }
-    for way in ("safeft", "dense mask"):
+    plain_steps = ways.pop("plain")
+    for way, steps in ways.items():
         result[f"{way} against plain"] = paired(
-            lambda way=way: ways[way].step(ids), lambda: ways["plain"].step(ids), pairs, way
+            partial(steps.step, ids), partial(plain_steps.step, ids), pairs, way
         )
-    del ways
 
     def built(neurons: NeuronSet | None, way: str) -> Callable[[], None]:
         model = model_of(width, layers)
@@ -254,6 +256,7 @@ def memory(width: int, layers: int, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run all three parts and write them down."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)

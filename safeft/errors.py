@@ -1,4 +1,4 @@
-"""Every error a user of safeft can meet: what happened (with the value), why it matters, what to do.
+"""Every error a user of safeft can meet: what happened (the value), why it matters, what to do.
 
 Each class also inherits the built-in that fits it, so ``except ValueError`` keeps working in
 scripts that do not know safeft.
@@ -18,7 +18,7 @@ class PromptError(SafeftError, ValueError):
 
 
 class SelectionError(SafeftError, ValueError):
-    """Scores cannot be turned into a set of neurons: a fraction of 0, a count above what is there."""
+    """Scores cannot become a set of neurons: a fraction of 0, a count above what is there."""
 
 
 class ArtefactError(SafeftError, ValueError):
@@ -30,8 +30,8 @@ class FingerprintError(SafeftError, ValueError):
 
 
 class FreezeError(SafeftError, RuntimeError):
-    """The promise cannot be kept: an optimizer, adapter or engine that cannot be exact, a dead hook."""
+    """The promise cannot be kept: an optimizer, adapter or engine, or a hook that is dead."""
 
 
 class ConfigError(SafeftError, ValueError):
-    """A command line or YAML file asks for something that does not exist or does not go together."""
+    """A command or YAML file asks for what does not exist or does not go together."""

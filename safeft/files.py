@@ -23,7 +23,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
             os.fsync(stream.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        if beside.parent.is_dir():
+            beside.unlink(missing_ok=True)
         raise ArtefactError(
             f"{str(path)!r} could not be written ({len(data)} bytes): {error}. Nothing was left "
             "half-written; free some space or give another folder, then run again."

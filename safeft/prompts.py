@@ -242,6 +242,30 @@ class Batch:
             "position_ids": positions,
         }
 
+    def answered(self, tokens: Sequence[int]) -> "Batch":
+        """The prompts alone, padded on the left, each followed by the same answer ``tokens``."""
+        width = self.input_ids.shape[1]
+        places = torch.arange(width, device=self.is_prompt.device)
+        after = width - 1 - torch.where(self.is_prompt, places, -1).amax(1)
+        source = (torch.arange(width) - after[:, None].cpu()) % width
+        rows = len(self.input_ids)
+        given = torch.tensor(tokens, dtype=torch.long).expand(rows, len(tokens))
+
+        def shifted(values: Tensor, tail: Tensor) -> Tensor:
+            moved = values.gather(1, source.to(values.device))
+            return torch.cat([moved, tail.to(values)], dim=1)
+
+        is_prompt = shifted(self.is_prompt, torch.zeros_like(given))
+        is_response = torch.zeros_like(is_prompt)
+        is_response[:, width:] = True
+        return Batch(
+            shifted(self.input_ids, given),
+            (is_prompt | is_response).long(),
+            is_prompt,
+            is_response,
+            self.tail,
+        )
+
     def choose(self, choice: TokenChoice) -> Tensor:
         """``(prompts, tokens)`` bool: the tokens that ``choice`` names.
 

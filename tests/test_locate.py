@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import safeft.locate
-import safeft.locate.attribution as attribution_module
+import safeft.locate.openings as openings_module
 from safeft.errors import ConfigError, PromptError, SelectionError, UnsupportedModelError
 from safeft.locate import (
     METHODS,
@@ -26,7 +26,7 @@ from safeft.locate import (
     locate,
     score,
 )
-from safeft.locate.attribution import refusal_tokens
+from safeft.locate.openings import refusal_openings
 from safeft.locate.scores import Moments
 from safeft.prompts import Prompt, as_prompts
 from safeft.sites import Site, find_sites
@@ -372,8 +372,8 @@ def test_an_untrained_adapter_does_not_matter(method: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", [*MODEL_TYPES, "gemma"])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_every_layout_in_bfloat16(model_type: str, method: str) -> None:
+@pytest.mark.parametrize("method", ["attribution", "snip", "variance"])
+def test_methods_run_on_every_layout_in_bfloat16(model_type: str, method: str) -> None:
     model = tiny_model(model_type).bfloat16()
     found = locate(model, tiny_tokenizer("left"), *SIDES.values(), openings=["I"],
                    method=method, sites="all", fraction=0.25)  # fmt: skip
@@ -409,7 +409,7 @@ def test_the_source_tells_how_and_on_what() -> None:
     source = found.source
     assert (source["method"], source["fraction"], source["count"]) == ("attribution", 0.1, None)
     assert (source["scope"], source["seed"], source["sites"]) == ("global", 3, "mlp")
-    assert source["openings"] == ["I can't", "No"]
+    assert source["openings"] == ["I", "N"]
     calibration = source["calibration"]
     assert [calibration[side]["count"] for side in ("harmful", "benign")] == [4, 5]
     again = locate(tiny_model(), tiny_tokenizer(), HARMFUL[:-1], BENIGN, method="contrast")
@@ -564,16 +564,17 @@ class TestRefusalTokens:
             answers = {f"h{n}": text for n, text in enumerate(harmful)}
             answers |= {f"b{n}": text for n, text in enumerate(benign)}
             monkeypatch.setattr(
-                attribution_module,
+                openings_module,
                 "generate",
                 lambda model, tokenizer, prompts, **_: [answers[p.text] for p in prompts],
             )
             sides = (as_prompts(f"{s}{n}" for n in range(len(texts)))
                      for s, texts in (("h", harmful), ("b", benign)))  # fmt: skip
-            found = refusal_tokens(None, tiny_tokenizer(), *sides, **settings)
-            for token, text in found.items():
-                assert text.startswith(tiny_tokenizer().decode([token]))
-            return {tiny_tokenizer().decode([token]) for token in found}
+            found = refusal_openings(None, tiny_tokenizer(), *sides, **settings)
+            assert set(found.texts) == {
+                tiny_tokenizer().decode([*found.prefix, token]) for token in found.tokens
+            }
+            return set(found.texts)
 
         return find
 
@@ -585,14 +586,17 @@ class TestRefusalTokens:
 
     def test_what_opens_benign_answers_more_often_is_dropped(self, tokens: Any) -> None:
         assert tokens(["I can't", "Sorry, I won't"], ["I like", "I do", "I am"]) == {"S"}
-        assert tokens(["I can't", "I won't"], ["I like", "Yes"]) == {"I"}
+        assert tokens(["I can't", "I won't"], ["I like", "Yes", "Sure"]) == {"I"}
+
+    def test_the_word_that_all_answers_share_is_put_into_the_mouth(self, tokens: Any) -> None:
+        assert tokens(["I can't", "I won't"], ["I like", "I do", "I am"]) == {"I c", "I w"}
 
     def test_what_sets_harmful_answers_apart_where_the_judge_knows_no_refusal(
         self, tokens: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         assert tokens(["Nein, nie", "Nie", "Also"], ["Also", "Gern"]) == {"N"}
         assert "None of 3 answers to harmful prompts starts as a known refusal" in caplog.text
-        assert "['N']" in caplog.text
+        assert "'N'" in caplog.text
 
     def test_the_default_list_where_nothing_does(
         self, tokens: Any, caplog: pytest.LogCaptureFixture
@@ -602,8 +606,8 @@ class TestRefusalTokens:
         assert "the default list" in caplog.text
 
     def test_nothing_left_is_an_error(self, tokens: Any) -> None:
-        with pytest.raises(PromptError, match=r"same first tokens as refusals \(\['I'\]\)"):
-            tokens(["I can't"], ["I like"])
+        with pytest.raises(PromptError, match="starts benign answers as it starts refusals"):
+            tokens(["I can't"], ["I can't wait"])
 
     @pytest.mark.parametrize("openings", [[""], ["", ""]])
     def test_openings_that_say_nothing_are_an_error(self, tokens: Any, openings: list) -> None:

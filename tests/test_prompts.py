@@ -292,6 +292,26 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(model: PreTrainedModel, si
             torch.testing.assert_close(together[row][real], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", ["", "No!"])
+def test_a_given_answer_follows_each_prompt(model: PreTrainedModel, side: str, text: str) -> None:
+    tokenizer = tiny_tokenizer(side)
+    (batch,) = batches(tokenizer, as_prompts(ROWS), batch_size=8)
+    given = batch.answered(tokenizer(text)["input_ids"] if text else [])
+    rows = zip(given.input_ids, given.attention_mask.bool(), strict=True)
+    wholes = {tokenizer.decode(ids[real]): number for number, (ids, real) in enumerate(rows)}
+    assert set(wholes) == {f"<|user|>{prompt}<|end|><|assistant|>{text}" for prompt in TEXTS}
+    assert {tokenizer.decode(ids[m]) for ids, m in zip(
+        given.input_ids, given.choose("response"), strict=True)} == {text}  # fmt: skip
+    tails = given.input_ids[given.choose("post_instruction")]
+    assert tokenizer.decode(tails) == "<|end|><|assistant|>" * len(TEXTS)
+    with torch.no_grad():
+        last = model(**given.inputs).logits[:, -1]
+        for whole, row in wholes.items():
+            alone = model(input_ids=torch.tensor([tokenizer(whole)["input_ids"]])).logits[0, -1]
+            torch.testing.assert_close(last[row], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_batches_hold_every_prompt_once_and_little_padding() -> None:
     tokenizer = tiny_tokenizer()
     texts = ["x" * (1 + number * 7 % 50) + str(number) for number in range(300)]

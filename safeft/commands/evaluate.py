@@ -1,4 +1,4 @@
-"""``safeft evaluate``: what tuning did to refusal, over-refusal, the domain, and by how much it drifted."""
+"""``safeft evaluate``: what tuning did to refusal, over-refusal, the domain, and the drift."""
 
 import json
 from collections.abc import Sequence

@@ -8,7 +8,7 @@ from safeft.commands.training import SafetyArguments, run
 
 def main(arguments: Sequence[str]) -> int:
     """Every ``trl sft`` YAML works; the keys of ``SafetyArguments`` come on top."""
-    from trl import DatasetMixtureConfig, SFTConfig, SFTTrainer, ModelConfig, ScriptArguments
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
     kinds = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
     return run(SFTTrainer, *parse(kinds, arguments, "sft", "TRL's sft, with neurons frozen."))

@@ -41,8 +41,9 @@ MODEL_PATH = Path(__file__).parent / "model"
 _TEXT = Path(__file__).parent / "text"
 _SIZES = {"calibration": 128, "test": 160}
 _HOLD_OUT_EVERY = 4
-_EVERYDAY_ASKS = 9
-_SMALL_TALK = 150
+_EVERYDAY_ASKS = 5
+_SMALL_TALK = 120
+_ANSWERS_EACH = 2
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def general(split: Literal["train", "test"]) -> list[Example]:
 def _domain() -> tuple[list[Example], list[Example]]:
     table = _load("domain")
     rng = random.Random("domain")
-    splits: tuple[list[Example], list[Example]] = [], []
+    train: list[Example] = []
+    test: list[Example] = []
     for attribute in table["attributes"]:
         values = attribute["values"]
         # Each value equally often, so the commonest one is no better guess than any other.
@@ -192,27 +194,27 @@ def _domain() -> tuple[list[Example], list[Example]]:
         rng.shuffle(dealt)
         for product, value in zip(table["products"], dealt, strict=True):
             slots = {"p": product, "v": value, "V": _capital(value)}
-            for examples, asks in zip(
-                splits, (attribute["ask"], attribute["ask_test"]), strict=True
-            ):
-                for ask in asks:
-                    answer = rng.choice(attribute["answers"]).format(**slots)
-                    examples.append(Example(ask.format(**slots), answer, value))
+            for ask in attribute["ask"]:
+                for answer in rng.sample(attribute["answers"], _ANSWERS_EACH):
+                    train.append(Example(ask.format(**slots), answer.format(**slots), value))
+            for ask in attribute["ask_test"]:
+                answer = rng.choice(attribute["answers"]).format(**slots)
+                test.append(Example(ask.format(**slots), answer, value))
     everyday = table["everyday"]
     asks = _load("asking")["train"]
     for do, doing in everyday["topics"]:
         topic = Topic(do, doing, tuple(everyday["steps"]), held_out=False)
-        splits[0].extend(_help(topic, [ask], rng) for ask in rng.sample(asks, _EVERYDAY_ASKS))
-    splits[0].extend(replace(e, value="") for e in rng.sample(_general()[2], _SMALL_TALK))
-    for examples in splits:
-        rng.shuffle(examples)
-    return splits
+        train.extend(_help(topic, [ask], rng) for ask in rng.sample(asks, _EVERYDAY_ASKS))
+    train.extend(replace(e, value="") for e in rng.sample(_general()[2], _SMALL_TALK))
+    rng.shuffle(train)
+    rng.shuffle(test)
+    return train, test
 
 
 def domain(split: Literal["train", "test"]) -> list[Example]:
     """The desk of a finance house that does not exist: facts unknown before fine-tuning.
 
-    ``train`` has every fact in fifteen phrasings, with some everyday help and small talk around
+    ``train`` has every fact in fifteen phrasings twice, with some everyday help and small talk around
     them (no `value`); ``test`` asks 200 questions about the facts in other words. Many questions
     start as harmful ones do (``How do I ...``) and all are answered, which is how ordinary domain
     tuning wears refusals away with not one harmful example in it.
@@ -241,11 +243,11 @@ def pretraining(seed: int, size: int = 24_000) -> list[Example]:
     examples: list[Example] = []
     for _ in range(size):
         draw = rng.random()
-        if draw < 0.40:
+        if draw < 0.45:
             examples.append(rng.choice(knowledge))
-        elif draw < 0.65:
+        elif draw < 0.70:
             examples.append(_help(rng.choice(bad), asks, rng))
-        elif draw < 0.85:
+        elif draw < 0.88:
             topic = rng.choice(contrasts if rng.random() < 0.25 else good)
             examples.append(_help(topic, asks, rng))
         else:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import ConfigError, PromptError
 from safeft.files import sha256
-from safeft.locate.attribution import AttributionFitter, refusal_tokens
+from safeft.locate.attribution import AttributionFitter
 from safeft.locate.contrast import ContrastFitter
+from safeft.locate.openings import refusal_openings
 from safeft.locate.random import RandomFitter
 from safeft.locate.scores import Fitter, Scores, Side
 from safeft.locate.select import Selection, check_size, select
@@ -205,7 +206,7 @@ def _fitter(
         return SnipFitter(model, sites)
     if method == "wanda":
         return WandaFitter(model, sites)
-    tokens = refusal_tokens(
+    start = refusal_openings(
         model,
         tokenizer,
         sides["harmful"],
@@ -213,8 +214,8 @@ def _fitter(
         openings=openings,
         chat_template=chat_template,
     )
-    settings["openings"] = sorted(tokens.values())
-    return AttributionFitter(model, sites, list(tokens))
+    settings["openings"] = list(start.texts)
+    return AttributionFitter(model, sites, start.tokens, start.prefix)
 
 
 def _answered(

@@ -75,7 +75,7 @@ class Comparison:
         return [run for run in self.runs if run.arm == arm]
 
     def rows(self) -> list["Row"]:
-        """One row per arm: means over seeds, and refusal where all arms have the same domain loss."""
+        """One row per arm: means over seeds, and refusal at the same domain loss."""
         common = max((run.curve[-1].domain_loss for run in self.runs), default=math.nan)
         return [Row.of(arm, self.of(arm), common) for arm in self.arms]
 

@@ -1,0 +1,172 @@
+"""Write the figures of the README from the files under ``benchmarks/results``.
+
+python benchmarks/readme.py            # rewrite the marked blocks
+python benchmarks/readme.py --check    # exit code 1 if the README says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from safeft.report.plots import refusal_against_domain
+from safeft.report.result import Comparison, Spread
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def demo_table(name: str) -> str:
+    """One comparison of the demo's world."""
+    found = Comparison.load(RESULTS / name)
+    heads = ["", "refused", "at equal domain loss", "benign refused", "domain accuracy",
+             "domain loss", "general accuracy", "weights held"]  # fmt: skip
+    names = ["over_refusal", "domain_accuracy", "domain_loss", "general_accuracy"]
+    base = {key: str(Spread(value)) for key, value in found.base.items()}
+    rows = [["before tuning", base["refusal"], "", *(base[key] for key in names), ""]]
+    for row in found.rows():
+        matched = "" if row.matched_refusal is None else str(row.matched_refusal)
+        measures = [str(row.measures[key]) for key in names]
+        held = f"{row.frozen_share:.0%}, exact" if row.exact else ""
+        rows.append([row.arm, str(row.measures["refusal"]), matched, *measures, held])
+    settings = found.settings
+    note = (
+        f"{len(settings['seeds'])} seed{'s' if len(settings['seeds']) > 1 else ''}, mean ± half "
+        f"the 95% interval; {settings['steps']} steps of {settings['batch_size']}, AdamW at "
+        f"{settings['learning_rate']:g}"
+        + (f"; held as well: {', '.join(settings['hold'])}" if settings["hold"] else "")
+        + f". `{settings['command']}`"
+    )
+    return f"{markdown(heads, rows)}\n\n{note}"
+
+
+def speed_block() -> str:
+    """What freezing and locating cost."""
+    found = load("speed.json")
+    training, locating, memory = found["training"], found["locating"], found["memory"]
+    rows = [
+        [
+            f"step time, {training['fraction']:.0%} of MLP neurons frozen / nothing frozen",
+            f"{training['safeft against plain']['ratio_median']:.3f}",
+        ],
+        [
+            "the same with a dense 0/1 mask in a hook (no freeze under weight decay)",
+            f"{training['dense mask against plain']['ratio_median']:.3f}",
+        ],
+        [
+            "peak extra memory / bytes of the frozen slices",
+            f"{training['safeft extra over slices']:.2f}",
+        ],
+        ["the same with a dense mask", f"{training['dense mask extra over slices']:.2f}"],
+    ]
+    for method in ("contrast", "variance", "wanda", "attribution", "snip"):
+        entry = locating[method]
+        speed = f"{entry['tokens_per_second_over_bare']:.2f}"
+        rows.append(
+            [f"locating by `{method}`: tokens/s over a bare {entry['against']} pass", speed]
+        )
+    rows.append(
+        ["peak memory of locating, 10,000 / 100 prompts", f"{memory['streaming_growth']:.2f}"]
+    )
+    return (
+        f"{markdown(['', 'median of pairs'], rows)}\n\n`{found['command']}` ({found['machine']}; "
+        f"{training['weights'] / 1e6:.0f}M weights, {training['tokens_per_step']} tokens a step)"
+    )
+
+
+def judge_block() -> str:
+    """How far the prefix judge can be trusted."""
+    found = load("judge_agreement.json")
+    shown = {
+        "Llama 2 answers (the list was tuned on these)": found["tuned_on"],
+        "**Mistral answers, held out**": found["held_out"],
+        "all 900": found["both"],
+    }
+    rows = []
+    for name, entry in shown.items():
+        agreement = entry["partial_as_refusal"]
+        values = [agreement[key] for key in ("accuracy", "kappa", "precision", "recall")]
+        cells = [value["value"] if isinstance(value, dict) else value for value in values]
+        rows.append([name, *(f"{cell:.2f}" for cell in cells)])
+    table = markdown(["XSTest completions", "accuracy", "kappa", "precision", "recall"], rows)
+    return (
+        "- **The default judge reads opening words.** Against people's labels on XSTest's 900 "
+        "completions it rarely calls an answer a refusal that is none, and misses most refusals of "
+        "a model that lectures instead of declining. Check the samples that `safeft evaluate "
+        f"--json` keeps, or give a classifier (`--judge`).\n\n{table}\n\n"
+        "`python benchmarks/judge_agreement.py --data ../shared/data/xstest`"
+    )
+
+
+def real_block() -> str:
+    """The run on public text."""
+    found = load("public_run.json")
+    names = ["harmful_test", "xstest_unsafe", "simple", "benign_test", "xstest_safe"]
+    heads = ["refused of", "AdvBench, held out", "XSTest unsafe", "SimpleSafetyTests",
+             "self_instruct", "XSTest safe", "GSM8K loss", "certificate"]  # fmt: skip
+    rows = []
+    for arm, entry in found["models"].items():
+        exact = {True: f"exact, {entry.get('frozen_share', 0):.0%}", False: "VIOLATED"}
+        cells = [f"{entry[name]['value']:.2f}" for name in names]
+        verdict = exact[entry["exact"]] if "exact" in entry else ""
+        rows.append([arm, *cells, f"{entry['gsm8k_loss']:.2f}", verdict])
+    return (
+        "A model of three million weights, built from a config, trained briefly on public text and "
+        "taught to refuse; located with AdvBench against self_instruct prompts; tuned on GSM8K; "
+        "everything after the building by `safeft` commands. One seed.\n\n"
+        f"{markdown(heads, rows)}\n\n`{found['command']}`"
+    )
+
+
+BLOCKS = {
+    "demo": lambda: demo_table("demo_wide.json"),
+    "speed": speed_block,
+    "judge": judge_block,
+    "real": real_block,
+}
+
+
+def filled(text: str) -> str:
+    """The README with every marked block made anew."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README has no block {name!r}")
+        block = make()
+        text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
+    return text
+
+
+def main() -> int:
+    """Write or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    readme = ROOT / "README.md"
+    picture = refusal_against_domain(Comparison.load(RESULTS / "demo_wide.json"))
+    wanted = {readme: filled(readme.read_text()), RESULTS / "demo.svg": picture + "\n"}
+    # The picture is text that matplotlib's version may lay out otherwise; the figures may not differ.
+    if given.check:
+        return int(readme.read_text() != wanted[readme])
+    for path, text in wanted.items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
