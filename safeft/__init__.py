@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from safeft.errors import SafeftError as SafeftError
-    from safeft.evaluate import Evaluation as Evaluation
-    from safeft.evaluate import evaluate as evaluate
+    from safeft.evaluation import Evaluation as Evaluation
+    from safeft.evaluation import evaluate as evaluate
     from safeft.freeze.callback import SafetyFreezeCallback as SafetyFreezeCallback
     from safeft.freeze.certificate import Certificate as Certificate
     from safeft.freeze.verify import verify as verify
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
-    from safeft.locate import locate as locate
+    from safeft.locators import locate as locate
     from safeft.neurons import NeuronSet as NeuronSet
     from safeft.prompts import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
@@ -24,15 +24,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Certificate": "safeft.freeze.certificate",
-    "Evaluation": "safeft.evaluate",
+    "Evaluation": "safeft.evaluation",
     "Judge": "safeft.judge",
     "NeuronSet": "safeft.neurons",
     "SafeftError": "safeft.errors",
     "SafetyFreezeCallback": "safeft.freeze.callback",
     "as_judge": "safeft.judge",
-    "evaluate": "safeft.evaluate",
+    "evaluate": "safeft.evaluation",
     "find_sites": "safeft.sites",
-    "locate": "safeft.locate",
+    "locate": "safeft.locators",
     "read_prompts": "safeft.prompts",
     "verify": "safeft.freeze.verify",
 }

@@ -407,8 +407,22 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-@torch.no_grad()
 def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    **settings: Any,
+) -> list[str]:
+    """The model's own greedy answers as text, one a prompt, in the order given.
+
+    ``settings`` are those of :func:`generate_tokens`.
+    """
+    answers = generate_tokens(model, tokenizer, prompts, **settings)
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+
+
+@torch.no_grad()
+def generate_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -418,15 +432,15 @@ def generate(
     max_length: int = 1024,
     chat_template: str | None = None,
     description: str = "generating",
-) -> list[str]:
-    """The model's own greedy answers, one a prompt, in the order given.
+) -> list[list[int]]:
+    """The model's own greedy answers as token numbers, up to and without the padding.
 
     Greedy means greedy: a repetition penalty in the checkpoint's generation settings is not used.
     """
     rendered = [_ids(tokenizer, render(tokenizer, p, chat_template))[-max_length:] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(rendered[index]))
     pad = _pad_token(tokenizer)
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
     model.eval()
     try:
@@ -441,11 +455,9 @@ def generate(
                 repetition_penalty=1.0,
                 pad_token_id=pad,
             )
-            tails = output[:, batch.input_ids.shape[1] :]
-            for index, text in zip(
-                chosen, tokenizer.batch_decode(tails, skip_special_tokens=True), strict=True
-            ):
-                answers[index] = text.strip()
+            tails = output[:, batch.input_ids.shape[1] :].tolist()
+            for index, ids in zip(chosen, tails, strict=True):
+                answers[index] = [token for token in ids if token != pad]
     finally:
         model.train(was_training)
     return answers

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from safeft.capture import silence
-from safeft.locate import locate
+from safeft.locators import locate
 from safeft.neurons import NeuronSet
 from safeft.prompts import as_prompts, generate
 from safeft.sites import find_sites

@@ -15,8 +15,8 @@ LAYERS = (
     ("weights",),
     ("neurons",),
     ("capture", "prompts", "judge"),
-    ("locate", "measure"),
-    ("freeze", "evaluate"),
+    ("locators", "measure"),
+    ("freeze", "evaluation"),
     ("report",),
     ("demo",),
     ("commands",),
@@ -69,7 +69,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def test_a_wrong_import_would_be_seen() -> None:
     assert violations("sites", ast.parse("from safeft.freeze.plan import Plan"))
-    assert violations("locate", ast.parse("import safeft.measure"))
+    assert violations("locators", ast.parse("import safeft.measure"))
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(PACKAGE)))

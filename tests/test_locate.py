@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-import safeft.locate
-import safeft.locate.openings as openings_module
+import safeft.locators
+import safeft.locators.openings as openings_module
 from safeft.errors import ConfigError, PromptError, SelectionError, UnsupportedModelError
-from safeft.locate import (
+from safeft.locators import (
     METHODS,
     AttributionFitter,
     ContrastFitter,
@@ -26,8 +26,8 @@ from safeft.locate import (
     locate,
     score,
 )
-from safeft.locate.openings import refusal_openings
-from safeft.locate.scores import Moments
+from safeft.locators.openings import refusal_openings
+from safeft.locators.scores import Moments
 from safeft.prompts import Prompt, as_prompts
 from safeft.sites import Site, find_sites
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
@@ -525,7 +525,7 @@ class TestAnswers:
             asked.extend(prompt.text for prompt in prompts)
             return [ANSWERS[(HARMFUL + BENIGN).index(p.text) % len(HARMFUL)] for p in prompts]
 
-        monkeypatch.setattr(safeft.locate, "generate", generate)
+        monkeypatch.setattr(safeft.locators, "generate", generate)
         model, tokenizer = tiny_model(), tiny_tokenizer()
         rows = [{"prompt": BENIGN[0], "response": "Given"}, *BENIGN[1:]]
         found = locate(model, tokenizer, HARMFUL, rows, method=method)
@@ -542,7 +542,7 @@ class TestAnswers:
     def test_a_model_that_says_nothing_is_refused(
         self, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(safeft.locate, "generate", lambda *args, **_: [""] * len(args[2]))
+        monkeypatch.setattr(safeft.locators, "generate", lambda *args, **_: [""] * len(args[2]))
         with pytest.raises(PromptError, match="answers every prompt with nothing"):
             locate(tiny_model(), tiny_tokenizer(), HARMFUL, BENIGN, method=method)
 
@@ -565,8 +565,10 @@ class TestRefusalTokens:
             answers |= {f"b{n}": text for n, text in enumerate(benign)}
             monkeypatch.setattr(
                 openings_module,
-                "generate",
-                lambda model, tokenizer, prompts, **_: [answers[p.text] for p in prompts],
+                "generate_tokens",
+                lambda model, tokenizer, prompts, **_: [
+                    tokenizer(answers[p.text])["input_ids"] for p in prompts
+                ],
             )
             sides = (as_prompts(f"{s}{n}" for n in range(len(texts)))
                      for s, texts in (("h", harmful), ("b", benign)))  # fmt: skip

@@ -42,7 +42,7 @@ def test_recipe(recipe: str, workplace: Path) -> None:
         (workplace / f"runs/smoke/{recipe}/safeft_certificate.json").read_text()
     )
     assert certificate["exact"]
-    assert certificate["neurons"]["count"] == 5 * round(0.4 * 512)
+    assert certificate["neurons"]["count"] == round(0.4 * 5 * 512)
     if recipe == "freeze_sft":
         evaluation = json.loads((workplace / "runs/smoke/freeze_sft/evaluation.json").read_text())
         assert evaluation["before"]["refusal"]["value"] >= 0.8

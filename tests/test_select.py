@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from safeft.errors import SafeftError, SelectionError
-from safeft.locate.scores import Scores
-from safeft.locate.select import Selection, select
+from safeft.locators.scores import Scores
+from safeft.locators.select import Selection, select
 from safeft.sites import Kind, Part, Site
 
 
@@ -172,5 +172,5 @@ def test_scores_that_are_no_numbers_are_refused(bad: float, side: str) -> None:
 
 
 def test_examples_run() -> None:
-    # `safeft.locate.select` is the function; the module behind it is found by its import path.
-    assert doctest.testmod(importlib.import_module("safeft.locate.select")).failed == 0
+    # `safeft.locators.select` is the function; the module behind it is found by its import path.
+    assert doctest.testmod(importlib.import_module("safeft.locators.select")).failed == 0

@@ -44,6 +44,13 @@ def test_names_for_type_checkers_are_the_same() -> None:
     assert set(re.findall(r"import (\w+) as \1", source)) == NAMES
 
 
+def test_no_module_takes_a_public_name() -> None:
+    """`import safeft.x` would put the module where users expect the function."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & NAMES
+    assert "locators" in modules
+
+
 def parameters(function: object) -> list[str]:
     return list(inspect.signature(function).parameters)  # pyright: ignore
 

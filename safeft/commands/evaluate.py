@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     """Read, load, measure, print."""
     (config,) = parse([EvaluateConfig], arguments, "evaluate", EvaluateConfig.__doc__ or "")
     assert isinstance(config, EvaluateConfig)
-    from safeft.evaluate import evaluate
+    from safeft.evaluation import evaluate
     from safeft.files import write_whole
     from safeft.judge import as_judge
     from safeft.prompts import read_examples, read_prompts

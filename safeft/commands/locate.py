@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     """Read, load, locate, save."""
     (config,) = parse([LocateConfig], arguments, "locate", LocateConfig.__doc__ or "")
     assert isinstance(config, LocateConfig)
-    from safeft.locate import Selection, locate
+    from safeft.locators import Selection, locate
     from safeft.prompts import read_prompts
 
     amount: dict[str, Any] = {

@@ -26,7 +26,7 @@ from safeft.freeze.certificate import Certificate
 from safeft.freeze.plan import Group, group_parameters
 from safeft.freeze.verify import verify
 from safeft.judge import PrefixJudge
-from safeft.locate import Method, Where, locate
+from safeft.locators import Method, Where, locate
 from safeft.measure import answer_accuracy, domain_loss, refusal_rate
 from safeft.neurons import NeuronSet
 from safeft.prompts import Prompt, as_prompts, generate

@@ -214,10 +214,10 @@ def _domain() -> tuple[list[Example], list[Example]]:
 def domain(split: Literal["train", "test"]) -> list[Example]:
     """The desk of a finance house that does not exist: facts unknown before fine-tuning.
 
-    ``train`` has every fact in fifteen phrasings twice, with some everyday help and small talk around
-    them (no `value`); ``test`` asks 200 questions about the facts in other words. Many questions
-    start as harmful ones do (``How do I ...``) and all are answered, which is how ordinary domain
-    tuning wears refusals away with not one harmful example in it.
+    ``train`` has every fact in fifteen phrasings, each answered in two ways, with some everyday
+    help and small talk around them (no `value`); ``test`` asks 200 questions about the facts in
+    other words. Many questions start as harmful ones do (``How do I ...``) and all are answered,
+    which is how ordinary domain tuning wears refusals away with not one harmful example in it.
     """
     train, test = _domain()
     return list(train) if split == "train" else test[:200]

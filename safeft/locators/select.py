@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from safeft.errors import SelectionError
-from safeft.locate.scores import Scores
+from safeft.locators.scores import Scores
 from safeft.sites import Site
 
 

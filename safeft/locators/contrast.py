@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.capture import watch_inputs
-from safeft.locate.scores import Moments, Scores, Side, contributions, forward
+from safeft.locators.scores import Moments, Scores, Side, contributions, forward
 from safeft.prompts import Batch, TokenChoice
 from safeft.sites import Site
 
@@ -28,7 +28,8 @@ class ContrastFitter:
         sites: Mapping[str, Site],
         tokens: TokenChoice = "last_prompt",
     ) -> None:
-        self._model, self._sites, self._tokens = model, sites, tokens
+        self._model, self._sites = model, sites
+        self._tokens: TokenChoice = tokens
         self._by_writer = {site.writes.module: site.name for site in sites.values()}
         self._moments: dict[tuple[Side, str], Moments] = {
             (side, name): Moments() for side in ("harmful", "benign") for name in sites

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.capture import watch_inputs
-from safeft.locate.scores import Scores, Side, forward, is_matrix, per_unit, weight_of
+from safeft.locators.scores import Scores, Side, forward, is_matrix, per_unit, weight_of
 from safeft.prompts import Batch
 from safeft.sites import Part, Site
 

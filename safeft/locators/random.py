@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from safeft.locate.scores import Scores, Side
+from safeft.locators.scores import Scores, Side
 from safeft.prompts import Batch
 from safeft.sites import Site
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from safeft.locate.contrast import ContrastFitter
-from safeft.locate.scores import Scores, Side, weight_of
+from safeft.locators.contrast import ContrastFitter
+from safeft.locators.scores import Scores, Side, weight_of
 
 
 class VarianceFitter(ContrastFitter):

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import PromptError
 from safeft.judge import PrefixJudge, default_refusal_openings
-from safeft.prompts import Prompt, generate
+from safeft.prompts import Prompt, generate_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -43,33 +43,30 @@ def refusal_openings(
     benign: Sequence[Prompt],
     *,
     openings: Sequence[str] | None = None,
-    chat_template: str | None = None,
     sample: int = 32,
+    **batching: Any,
 ) -> RefusalOpenings:
     """Openings that set refusals apart from the model's own answers to benign prompts.
 
     Taken from ``openings`` where given; else from the model's own refusals of up to ``sample``
     harmful prompts; where the judge knows none of these as refusals (another language, say), from
-    what opens them and hardly any benign answer; else from the default list.
+    what opens them and hardly any benign answer; else from the default list. ``batching``:
+    ``batch_size``, ``max_length``, ``chat_template``.
 
     Raises:
         PromptError: Refusals and ordinary answers start alike, so they cannot be told apart.
     """
 
     def tokens_of(texts: Sequence[str]) -> list[list[int]]:
-        found: Any = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts if t]
+        found: Any = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
         return [ids for ids in found if ids]
 
-    def answers(prompts: Sequence[Prompt]) -> list[str]:
-        return generate(
-            model,
-            tokenizer,
-            prompts[:sample],
-            max_new_tokens=_ANSWER_TOKENS,
-            chat_template=chat_template,
-        )
+    def answers(prompts: Sequence[Prompt]) -> list[list[int]]:
+        # Tokens as generated: writing them out and reading them again may lose a leading space.
+        settings = {"max_new_tokens": _ANSWER_TOKENS, **batching}
+        return generate_tokens(model, tokenizer, prompts[:sample], **settings)
 
-    served = tokens_of(answers(benign))
+    served = [ids for ids in answers(benign) if ids]
     if openings is not None:
         refusals = tokens_of([text.strip() for text in openings])
         if not refusals:
@@ -79,10 +76,11 @@ def refusal_openings(
             )
     else:
         replies = answers(harmful)
-        refused = PrefixJudge()([prompt.text for prompt in harmful[:sample]], replies)
-        refusals = tokens_of([r for r, said_no in zip(replies, refused, strict=True) if said_no])
+        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in replies]
+        refused = PrefixJudge()([prompt.text for prompt in harmful[:sample]], texts)
+        refusals = [ids for ids, said_no in zip(replies, refused, strict=True) if said_no]
         if not refusals:
-            refusals = _unlike(tokens_of(replies), served)
+            refusals = _unlike([ids for ids in replies if ids], served)
             logger.warning(
                 "None of %d answers to harmful prompts starts as a known refusal; taking %s for "
                 "one. Give `openings` if that is wrong.",

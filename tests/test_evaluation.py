@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-import safeft.evaluate as module
+import safeft.evaluation as module
 import safeft.intervals
 import safeft.measure
 from safeft.errors import ConfigError, PromptError
-from safeft.evaluate import (
+from safeft.evaluation import (
     Evaluation,
     Rate,
     answer_accuracy,

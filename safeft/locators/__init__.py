@@ -14,15 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import ConfigError, PromptError
 from safeft.files import sha256
-from safeft.locate.attribution import AttributionFitter
-from safeft.locate.contrast import ContrastFitter
-from safeft.locate.openings import refusal_openings
-from safeft.locate.random import RandomFitter
-from safeft.locate.scores import Fitter, Scores, Side
-from safeft.locate.select import Selection, check_size, select
-from safeft.locate.snip import SnipFitter
-from safeft.locate.variance import VarianceFitter
-from safeft.locate.wanda import WandaFitter
+from safeft.locators.attribution import AttributionFitter
+from safeft.locators.contrast import ContrastFitter
+from safeft.locators.openings import refusal_openings
+from safeft.locators.random import RandomFitter
+from safeft.locators.scores import Fitter, Scores, Side
+from safeft.locators.select import Selection, check_size, select
+from safeft.locators.snip import SnipFitter
+from safeft.locators.variance import VarianceFitter
+from safeft.locators.wanda import WandaFitter
 from safeft.neurons import NeuronSet
 from safeft.prompts import Prompt, PromptLike, as_prompts, batches, generate
 from safeft.sites import Kind, Site, find_sites
@@ -128,18 +128,20 @@ def locate(
     _check_sides(sides)
     settings: dict[str, Any] = {"sites": sites, "seed": seed, **asdict(selection)}
     with _evaluating(model):
-        fitter = _fitter(
-            model, tokenizer, found, sides, method, seed, openings, chat_template, settings
-        )
-        scores = score(
-            fitter,
-            model,
-            tokenizer,
-            sides,
-            batch_size=batch_size,
-            max_length=max_length,
-            chat_template=chat_template,
-        )
+        batching: dict[str, Any] = {
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "chat_template": chat_template,
+        }
+        if method == "attribution":
+            start = refusal_openings(
+                model, tokenizer, *sides.values(), openings=openings, **batching
+            )
+            settings["openings"] = list(start.texts)
+            fitter: Fitter = AttributionFitter(model, found, start.tokens, start.prefix)
+        else:
+            fitter = _fitter(method, model, found, seed)
+        scores = score(fitter, model, tokenizer, sides, **batching)
     indices = select(scores, found, selection)
     source = {
         "method": method,
@@ -185,19 +187,7 @@ def score(
     return fitter.scores()
 
 
-def _fitter(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    sites: Mapping[str, Site],
-    sides: Mapping[Side, Sequence[Prompt]],
-    method: Method,
-    seed: int,
-    openings: Sequence[str] | None,
-    chat_template: str | None,
-    settings: dict[str, Any],
-) -> Fitter:
-    if method == "random":
-        return RandomFitter(sites, seed)
+def _fitter(method: Method, model: PreTrainedModel, sites: Mapping[str, Site], seed: int) -> Fitter:
     if method == "contrast":
         return ContrastFitter(model, sites)
     if method == "variance":
@@ -206,16 +196,7 @@ def _fitter(
         return SnipFitter(model, sites)
     if method == "wanda":
         return WandaFitter(model, sites)
-    start = refusal_openings(
-        model,
-        tokenizer,
-        sides["harmful"],
-        sides["benign"],
-        openings=openings,
-        chat_template=chat_template,
-    )
-    settings["openings"] = list(start.texts)
-    return AttributionFitter(model, sites, start.tokens, start.prefix)
+    return RandomFitter(sites, seed)
 
 
 def _answered(

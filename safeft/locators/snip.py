@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from safeft.locate.gradients import gradients_of, response_loss
-from safeft.locate.scores import Scores, Side, forward, is_matrix, per_unit
+from safeft.locators.gradients import gradients_of, response_loss
+from safeft.locators.scores import Scores, Side, forward, is_matrix, per_unit
 from safeft.prompts import Batch
 from safeft.sites import Site
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.capture import watch_inputs
-from safeft.locate.gradients import input_gradients
-from safeft.locate.scores import Moments, Scores, Side, forward
+from safeft.locators.gradients import input_gradients
+from safeft.locators.scores import Moments, Scores, Side, forward
 from safeft.prompts import Batch
 from safeft.sites import Site
 
@@ -28,7 +28,7 @@ class AttributionFitter:
         sites: The sites to score.
         openings: Token numbers that start a refusal.
         prefix: Token numbers the answer is made to start with before ``openings`` are read; see
-            :func:`safeft.locate.openings.refusal_openings`.
+            :func:`safeft.locators.openings.refusal_openings`.
     """
 
     needs_responses = False

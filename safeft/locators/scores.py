@@ -14,7 +14,7 @@ from safeft.sites import Part, Site, dense, plain_model
 Side: TypeAlias = Literal["harmful", "benign"]
 
 Rule: TypeAlias = Literal["plain", "difference", "exclude"]
-"""How safety and utility become one ranking; see :func:`safeft.locate.select.select`."""
+"""How safety and utility become one ranking; see :func:`safeft.locators.select.select`."""
 
 
 @dataclass(frozen=True)
