@@ -160,7 +160,7 @@ def main() -> int:
     readme = ROOT / "README.md"
     picture = refusal_against_domain(Comparison.load(RESULTS / "demo_wide.json"))
     wanted = {readme: filled(readme.read_text()), RESULTS / "demo.svg": picture + "\n"}
-    # The picture is text that matplotlib's version may lay out otherwise; the figures may not differ.
+    # Another matplotlib may lay the picture out otherwise; the figures may not differ.
     if given.check:
         return int(readme.read_text() != wanted[readme])
     for path, text in wanted.items():

@@ -31,7 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from safeft import NeuronSet, find_sites
 from safeft.freeze.pin import Pin
 from safeft.freeze.plan import make_plan
-from safeft.locators import AttributionFitter, ContrastFitter, SnipFitter, VarianceFitter, WandaFitter
+from safeft.locators import (
+    AttributionFitter,
+    ContrastFitter,
+    SnipFitter,
+    VarianceFitter,
+    WandaFitter,
+)
 from safeft.prompts import Batch
 
 

@@ -57,7 +57,6 @@ def main(arguments: Sequence[str]) -> int:
         chosen["hold"] = tuple(group for group in config.hold if group != "none")
     settings = Settings(**chosen)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     command = "safeft demo " + " ".join(arguments)
     comparison, certificate = run(settings, folder, command)
     comparison.save(folder / "result.json")

@@ -26,7 +26,7 @@ from safeft.freeze.certificate import Certificate
 from safeft.freeze.plan import Group, group_parameters
 from safeft.freeze.verify import verify
 from safeft.judge import PrefixJudge
-from safeft.locators import Method, Where, locate
+from safeft.locators import Method, Selection, Where, locate
 from safeft.measure import answer_accuracy, domain_loss, refusal_rate
 from safeft.neurons import NeuronSet
 from safeft.prompts import Prompt, as_prompts, generate
@@ -68,6 +68,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.seeds or not self.fractions:
             raise ConfigError("The demo needs at least one seed and one fraction.")
+        for fraction in self.fractions:
+            Selection(fraction)  # Says what is wrong with it before anything is tuned.
         if self.steps < self.looks or self.learning_rate <= 0:
             raise ConfigError(
                 f"steps={self.steps}, learning_rate={self.learning_rate}: nothing would be learnt. "
@@ -310,7 +312,8 @@ def _prove(model: Any, tokenizer: Any, arm: Arm, output_dir: Path) -> Certificat
     model.save_pretrained(output_dir / "protected")
     tokenizer.save_pretrained(output_dir / "protected")
     with _quiet():
-        certificate = verify(world.MODEL_PATH, output_dir / "protected", output_dir / "neurons")
+        saved = output_dir / "protected"
+        certificate = verify(world.MODEL_PATH, saved, output_dir / "neurons", hold=arm.hold)
     certificate.save(output_dir / "protected")
     return certificate
 

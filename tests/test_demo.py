@@ -1,0 +1,57 @@
+"""The demo runs in one go and writes what it says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import safeft
+from safeft.commands import main
+from safeft.demo import experiment, world
+from safeft.errors import ConfigError
+
+
+@pytest.fixture
+def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = experiment.Held.load()
+    short = experiment.Held(*(getattr(held, name)[:16] for name in held.__dataclass_fields__))
+    monkeypatch.setattr(experiment.Held, "load", classmethod(lambda cls: short))
+
+
+def test_demo(few_prompts: None, tmp_path: Path, capsys) -> None:
+    given = ["--output_dir", str(tmp_path), "--steps", "8", "--fractions", "0.1"]
+    assert main(["demo", *given]) == 0
+    shown = capsys.readouterr().out
+    assert "EXACT" in shown
+    result = json.loads((tmp_path / "result.json").read_text())
+    arms = [row["arm"] for row in result["rows"]]
+    assert arms[0] == "plain"
+    assert arms[-2:] == ["random 10%", "located 10%"]
+    assert result["base"]["refusal"] >= 0.8
+    assert [row["exact"] for row in result["rows"][-2:]] == [True, True]
+    for run in result["runs"]:
+        assert run["curve"][0]["step"] == 0
+        assert run["curve"][-1]["step"] == 8
+        assert run["curve"][-1]["domain_loss"] < run["curve"][0]["domain_loss"]
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    neurons = safeft.NeuronSet.from_pretrained(tmp_path / "neurons")
+    hold = tuple(result["settings"]["hold"])
+    again = safeft.verify(world.MODEL_PATH, tmp_path / "protected", neurons, hold=hold)
+    assert again.exact
+    assert not safeft.verify(
+        world.MODEL_PATH, tmp_path / "protected", neurons, mode="train_only"
+    ).exact
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seeds": ()}, {"fractions": ()}, {"steps": 1}, {"learning_rate": 0.0}]
+)
+def test_settings_that_learn_nothing_are_refused(wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        experiment.Settings(**wrong)
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5"])
+def test_bad_fraction_is_refused_before_any_training(fraction: str, tmp_path: Path, capsys) -> None:
+    assert main(["demo", "--output_dir", str(tmp_path / "d"), "--fractions", fraction]) == 2
+    assert "fraction" in capsys.readouterr().err
