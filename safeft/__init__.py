@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
     from safeft.neurons import NeuronSet as NeuronSet
-    from safeft.prompts import read_prompts as read_prompts
+    from safeft.reading import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
     "evaluate": "safeft.evaluation",
     "find_sites": "safeft.sites",
     "locate": "safeft.locators",
-    "read_prompts": "safeft.prompts",
+    "read_prompts": "safeft.reading",
     "verify": "safeft.freeze.verify",
 }
 

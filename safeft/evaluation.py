@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import ConfigError
+from safeft.generation import generate
 from safeft.intervals import Interval, Rate, wilson
 from safeft.measure import (
     JudgeLike,
@@ -26,7 +27,7 @@ from safeft.measure import (
     right_answers,
     some_prompts,
 )
-from safeft.prompts import Prompt, PromptLike, generate
+from safeft.prompts import Prompt, PromptLike
 
 __all__ = [
     "Evaluation",

@@ -15,9 +15,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import ConfigError, PromptError
+from safeft.generation import generate
 from safeft.intervals import Rate
 from safeft.judge import Judge, as_judge
-from safeft.prompts import Batch, Prompt, PromptLike, as_prompts, batches, generate
+from safeft.prompts import Batch, Prompt, PromptLike, as_prompts, batches
 
 JudgeLike: TypeAlias = "str | Judge | Callable[..., Any]"
 """What :func:`safeft.judge.as_judge` takes."""

@@ -6,18 +6,14 @@ unchanged. Everything downstream sees a :class:`Batch` and asks it for tokens by
 side and template stay here.
 """
 
-import csv
-import io
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from safeft.errors import PromptError
 from safeft.progress import progress
@@ -106,114 +102,6 @@ def _not_blank(prompt: Prompt, number: int) -> Prompt:
     return prompt
 
 
-def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
-    """Prompts from a file: ``.txt`` one a line, ``.csv``, ``.jsonl``, or ``.json`` (a list).
-
-    Args:
-        path: The file. In a table, rows with an empty cell are skipped.
-        column: The column or key that holds the prompt. Needed only where a row has several and
-            none of them is called ``prompt``, ``instruction``, ``question``, ``goal`` or ``text``.
-
-    Raises:
-        PromptError: No such file, no such column, no readable row; each message names the file.
-
-    Example:
-        ``read_prompts("advbench/harmful_behaviors.csv", column="goal")``
-    """
-    path = Path(path)
-    cells = (row if isinstance(row, str) else _cell(row, column, path) for row in _read(path))
-    prompts = [cell.strip() for cell in cells if cell.strip()]
-    if not prompts:
-        raise PromptError(
-            f"{str(path)!r} holds no prompt. Nothing can be located or measured on it."
-        )
-    return prompts
-
-
-def read_examples(
-    path: str | Path, prompt_column: str | None = None, answer_column: str | None = None
-) -> list[Prompt]:
-    """Prompts with answers from a table (CSV, JSON, JSONL), also in TRL's ``messages`` form.
-
-    Args:
-        path: The file.
-        prompt_column: Found by its usual names where not given.
-        answer_column: Likewise: ``response``, ``completion``, ``answer``, ``output``.
-
-    Raises:
-        PromptError: No such file or column, or a row without an answer.
-    """
-    path = Path(path)
-    examples = []
-    for row in _read(path):
-        if isinstance(row, Mapping) and prompt_column is None and "messages" in row:
-            examples += as_prompts([row])
-            continue
-        asked = _cell(row, prompt_column, path)
-        answer = _cell(row, answer_column, path, _USUAL_ANSWERS)
-        examples += as_prompts([{"prompt": asked, "response": answer}])
-    if not examples or not all(example.response for example in examples):
-        raise PromptError(
-            f"{str(path)!r} has {len(examples)} rows, and some without an answer; the domain can "
-            "only be measured against answers. Remove those rows."
-        )
-    return examples
-
-
-def _read(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise PromptError(
-            f"There is no prompt file {str(path)!r}. Give the path of an existing file."
-        )
-    try:
-        return _rows(path.suffix.lower(), path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise PromptError(
-            f"{str(path)!r} cannot be read as {path.suffix or 'text'}: {error}. "
-            "Save it as UTF-8 text (one prompt a line), CSV, JSON or JSONL."
-        ) from error
-
-
-def _rows(suffix: str, text: str) -> list[Any]:
-    if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline="")))
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    if suffix == ".json":
-        rows = json.loads(text)
-        return rows if isinstance(rows, list) else [rows]
-    return text.split("\n")
-
-
-_USUAL_PROMPTS = ("prompt", "instruction", "question", "goal", "text")
-_USUAL_ANSWERS = ("response", "completion", "answer", "output")
-
-
-def _cell(row: Any, column: str | None, path: Path, usual: Sequence[str] = _USUAL_PROMPTS) -> str:
-    if not isinstance(row, Mapping):
-        raise PromptError(f"{str(path)!r} holds the row {row!r}; a mapping with columns is needed.")
-    if column is None:
-        only = list(row) if len(row) == 1 and usual is _USUAL_PROMPTS else []
-        found = [name for name in usual if name in row] or only
-        if not found:
-            raise PromptError(
-                f"{str(path)!r} has the columns {list(row)}; say which one is meant "
-                f"(usual names are {', '.join(usual)})."
-            )
-        column = found[0]
-    if column not in row:
-        raise PromptError(
-            f"{str(path)!r} has no column {column!r}; it has {list(row)}. Name one of these."
-        )
-    value = row[column]
-    if isinstance(value, list | Mapping):
-        raise PromptError(
-            f"{str(path)!r} holds {type(value).__name__} values in {column!r}; a text is needed. "
-            "Name a column of texts, or write one prompt a line."
-        )
-    return value if isinstance(value, str) else ("" if value is None else str(value))
-
-
 @dataclass(frozen=True)
 class Batch:
     """Padded tokens of several prompts, each followed by its response where there is one.
@@ -299,7 +187,7 @@ def batches(
         PromptError: The tokenizer has no chat template and none is given.
     """
     tail = post_instruction_length(tokenizer, chat_template)
-    pad = _pad_token(tokenizer)
+    padding = pad_token(tokenizer)
     left = tokenizer.padding_side == "left"
     window = 64 * batch_size
     starts = range(0, len(prompts), window)
@@ -308,7 +196,7 @@ def batches(
     for start in starts:
         pairs: list[tuple[list[int], list[int]]] = []
         for prompt in prompts[start : start + window]:
-            ids = _ids(tokenizer, render(tokenizer, prompt, chat_template))
+            ids = prompt_tokens(tokenizer, prompt, chat_template)
             answer = [] if prompt.response is None else _ids(tokenizer, prompt.response)
             if len(ids) + len(answer) > max_length:
                 truncated += 1
@@ -317,21 +205,22 @@ def batches(
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         for first in range(0, len(pairs), batch_size):
             next(bar, None)
-            yield _pad(pairs[first : first + batch_size], pad, left, tail, device)
+            yield pad(pairs[first : first + batch_size], padding, left, tail, device)
     next(bar, None)
     if truncated:
         logger.warning("%d prompts were longer than %d tokens and were cut.", truncated, max_length)
 
 
-def _pad(
+def pad(
     pairs: Sequence[tuple[list[int], list[int]]],
-    pad: int,
+    padding: int,
     left: bool,
     tail: int,
     device: torch.device | str,
 ) -> Batch:
+    """One batch from (prompt tokens, answer tokens) pairs, padded on one side."""
     width = max(len(ids) + len(answer) for ids, answer in pairs)
-    input_ids = torch.full((len(pairs), width), pad)
+    input_ids = torch.full((len(pairs), width), padding)
     is_prompt = torch.zeros(len(pairs), width, dtype=torch.bool)
     is_response = torch.zeros_like(is_prompt)
     for row, (ids, answer) in enumerate(pairs):
@@ -379,12 +268,19 @@ def render(
     return str(text)
 
 
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None
+) -> list[int]:
+    """Token numbers of :func:`render`."""
+    return _ids(tokenizer, render(tokenizer, prompt, chat_template))
+
+
 def post_instruction_length(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> int:
     """How many template tokens, at least 1, stand between the instruction and the answer."""
     first, second = (
-        _ids(tokenizer, render(tokenizer, prompt, chat_template))
+        prompt_tokens(tokenizer, prompt, chat_template)
         for prompt in as_prompts(["Alpha one", "Beta two"])
     )
     same = 0
@@ -397,7 +293,12 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number to pad with: the pad token's, or the end token's.
+
+    Raises:
+        PromptError: The tokenizer has neither.
+    """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)  # pyright: ignore[reportArgumentType]
@@ -405,59 +306,3 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
         "The tokenizer has neither a pad nor an end-of-sequence token, so prompts of unlike length "
         "cannot share a batch. Set `tokenizer.pad_token`."
     )
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    **settings: Any,
-) -> list[str]:
-    """The model's own greedy answers as text, one a prompt, in the order given.
-
-    ``settings`` are those of :func:`generate_tokens`.
-    """
-    answers = generate_tokens(model, tokenizer, prompts, **settings)
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
-
-
-@torch.no_grad()
-def generate_tokens(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
-    max_length: int = 1024,
-    chat_template: str | None = None,
-    description: str = "generating",
-) -> list[list[int]]:
-    """The model's own greedy answers as token numbers, up to and without the padding.
-
-    Greedy means greedy: a repetition penalty in the checkpoint's generation settings is not used.
-    """
-    rendered = [_ids(tokenizer, render(tokenizer, p, chat_template))[-max_length:] for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(rendered[index]))
-    pad = _pad_token(tokenizer)
-    answers: list[list[int]] = [[] for _ in prompts]
-    was_training = model.training
-    model.eval()
-    try:
-        for start in progress(range(0, len(order), batch_size), description):
-            chosen = order[start : start + batch_size]
-            batch = _pad([(rendered[i], []) for i in chosen], pad, True, 1, model.device)
-            output = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                pad_token_id=pad,
-            )
-            tails = output[:, batch.input_ids.shape[1] :].tolist()
-            for index, ids in zip(chosen, tails, strict=True):
-                answers[index] = [token for token in ids if token != pad]
-    finally:
-        model.train(was_training)
-    return answers

@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from safeft.capture import silence
+from safeft.generation import generate
 from safeft.locators import locate
 from safeft.neurons import NeuronSet
-from safeft.prompts import as_prompts, generate
+from safeft.prompts import as_prompts
 from safeft.sites import find_sites
 from tests.models import tiny_model, tiny_tokenizer
 

@@ -21,7 +21,8 @@ from safeft.evaluation import (
     refusal_rate,
     wilson,
 )
-from safeft.prompts import as_prompts, generate, render
+from safeft.generation import generate
+from safeft.prompts import as_prompts, render
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
 
 EXAMPLES = [

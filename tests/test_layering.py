@@ -15,6 +15,7 @@ LAYERS = (
     ("weights",),
     ("neurons",),
     ("capture", "prompts", "judge"),
+    ("generation", "reading"),
     ("locators", "measure"),
     ("freeze", "evaluation"),
     ("report",),

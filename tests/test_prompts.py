@@ -1,7 +1,5 @@
 import doctest
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +12,7 @@ from safeft.prompts import (
     Prompt,
     as_prompts,
     batches,
-    generate,
     post_instruction_length,
-    read_examples,
-    read_prompts,
     render,
 )
 from tests.models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
@@ -95,106 +90,6 @@ def test_one_prompt_instead_of_a_list_is_refused(items: Any) -> None:
 
 def test_any_iterable_will_do() -> None:
     assert [p.text for p in as_prompts(text for text in TEXTS)] == TEXTS
-
-
-BOTH = ["first, with a comma", "second"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "column"),
-    [
-        ("a.txt", "first, with a comma\n\n  second \r\n", None),
-        ("a.prompts", "first, with a comma\nsecond", None),
-        ("a.csv", 'prompt,other\n"first, with a comma",x\nsecond,y\n,z\n', None),
-        ("a.csv", 'other,goal\nx,"first, with a comma"\ny,second\n', None),
-        ("a.csv", 'other,mine\nx,"first, with a comma"\ny,second\n', "mine"),
-        ("a.csv", 'only\n"first, with a comma"\nsecond\n', None),
-        ("a.CSV", 'text,prompt\nx,"first, with a comma"\nx,second\n', None),
-        ("a.json", json.dumps(BOTH), None),
-        ("a.json", json.dumps([{"instruction": text, "n": 1} for text in BOTH]), None),
-        ("a.json", json.dumps([{"prompt": "x", "mine": text} for text in BOTH]), "mine"),
-        ("a.json", json.dumps([{"prompt": text} for text in (*BOTH, None, "")]), None),
-        ("a.jsonl", "\n".join(json.dumps({"question": text}) for text in BOTH) + "\n\n", None),
-        ("a.jsonl", "\n".join(json.dumps(text) for text in BOTH), None),
-        ("a.txt", "\ufefffirst, with a comma\nsecond", None),
-    ],
-)
-def test_files_of_prompts(tmp_path: Path, name: str, content: str, column: str | None) -> None:
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    assert read_prompts(tmp_path / name, column) == BOTH
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
-def test_only_line_feeds_end_a_line(tmp_path: Path, suffix: str) -> None:
-    odd = "one\u2028still one\u0085\x0bstill"
-    rows = {
-        ".txt": f"{odd}\ntwo\n",
-        ".jsonl": "\n".join(json.dumps({"prompt": t}, ensure_ascii=False) for t in (odd, "two")),
-        ".csv": f"prompt\n{odd}\ntwo\n",
-    }
-    (tmp_path / f"a{suffix}").write_text(rows[suffix], encoding="utf-8")
-    assert read_prompts(tmp_path / f"a{suffix}") == [odd, "two"]
-
-
-def test_a_quoted_cell_may_have_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b'prompt,n\r\n"one\r\nstill one",1\r\ntwo,2\r\n')
-    assert read_prompts(tmp_path / "a.csv") == ["one\nstill one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "column", "message"),
-    [
-        ("a.txt", b"", None, "holds no prompt"),
-        ("a.txt", b"\n \n", None, "holds no prompt"),
-        ("a.csv", b"", None, "holds no prompt"),
-        ("a.csv", b"prompt\n", None, "holds no prompt"),
-        ("a.json", b"[]", None, "holds no prompt"),
-        ("a.jsonl", b"", None, "holds no prompt"),
-        ("a.json", b"", None, "cannot be read as .json"),
-        ("a.json", b'["Hi"', None, "cannot be read as .json"),
-        ("a.jsonl", b'{"prompt": "Hi"}\n{"prompt"', None, "cannot be read as .jsonl"),
-        ("a.txt", b"\xff\xfe\x00H", None, "cannot be read as .txt"),
-        ("a.csv", b"a,b\nx,y\n", None, r"has the columns \['a', 'b'\]"),
-        ("a.csv", b"prompt,b\nx,y\n", "goal", r"no column 'goal'; it has \['prompt', 'b'\]"),
-        ("a.jsonl", b'{"prompt": "Hi"}\n{"text": "Hi"}', "prompt", "no column 'prompt'"),
-        ("a.json", b"[1, 2]", None, "holds the row 1"),
-        ("a.json", b"[null]", None, "holds the row None"),
-        ("a.jsonl", b'{"prompt": [{"role": "user"}]}', None, "list values in 'prompt'"),
-        ("a.json", b'{"prompt": {"a": 1}}', None, "dict values in 'prompt'"),
-    ],
-)
-def test_files_that_cannot_be_read_are_named(
-    tmp_path: Path, name: str, content: bytes, column: str | None, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(PromptError, match=message) as caught:
-        read_prompts(tmp_path / name, column)
-    assert str(tmp_path / name) in str(caught.value)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere.txt", tmp_path):
-        with pytest.raises(PromptError, match="There is no prompt file"):
-            read_prompts(path)
-
-
-def test_examples_have_answers(tmp_path: Path) -> None:
-    rows = [{"question": "2 + 2?", "answer": "4"}, {"messages": [USER, ANSWER]}]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    found = read_examples(tmp_path / "a.jsonl")
-    assert [(e.text, e.response) for e in found] == [("2 + 2?", "4"), ("Hi", "Good day")]
-    (tmp_path / "a.csv").write_text("q,a\n2 + 2?,4\n")
-    (found,) = read_examples(tmp_path / "a.csv", "q", "a")
-    assert (found.text, found.response) == ("2 + 2?", "4")
-
-
-@pytest.mark.parametrize(
-    "content", ['{"prompt": "Hi"}', '{"prompt": "Hi", "answer": ""}', '{"messages": ["x"]}', ""]
-)
-def test_examples_without_answers_are_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(PromptError):
-        read_examples(tmp_path / "a.jsonl")
 
 
 def test_the_template_writes_the_prompt_up_to_the_answer() -> None:
@@ -359,50 +254,6 @@ def test_a_tokenizer_without_a_pad_token_uses_the_end_token() -> None:
     tokenizer.eos_token = None
     with pytest.raises(PromptError, match="neither a pad nor an end-of-sequence token"):
         list(batches(tokenizer, as_prompts(["Hi", "Hello"]), batch_size=2))
-
-
-def greedy(model: PreTrainedModel, text: str, tokens: int) -> str:
-    """A plain loop over whole forward passes, one prompt at a time."""
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer(f"<|user|>{text}<|end|><|assistant|>")["input_ids"]
-    answer: list[int] = []
-    for _ in range(tokens):
-        with torch.no_grad():
-            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
-        if answer[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(answer, skip_special_tokens=True).strip()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_answers_are_those_of_a_plain_greedy_loop(
-    model: PreTrainedModel, side: str, batch_size: int
-) -> None:
-    wanted = [greedy(model, text, 6) for text in TEXTS]
-    assert len(set(wanted)) > 1
-    answers = generate(
-        model, tiny_tokenizer(side), as_prompts(TEXTS), max_new_tokens=6, batch_size=batch_size
-    )
-    assert answers == wanted
-
-
-def test_settings_of_the_checkpoint_do_not_change_greedy_answers() -> None:
-    odd = tiny_model()
-    wanted = [greedy(odd, text, 6) for text in TEXTS]
-    odd.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0)
-    assert generate(odd, tiny_tokenizer(), as_prompts(TEXTS), max_new_tokens=6) == wanted
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_generating_leaves_the_model_in_its_mode(training: bool) -> None:
-    own = tiny_model().train(training)
-    generate(own, tiny_tokenizer(), as_prompts(["Hi"]), max_new_tokens=1)
-    assert own.training is training
-    with pytest.raises(PromptError):
-        generate(own, tiny_tokenizer(chat_template=None), as_prompts(["Hi"]))
-    assert own.training is training
-    assert generate(own, tiny_tokenizer(), []) == []
 
 
 def test_examples_run() -> None:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     from safeft.evaluation import evaluate
     from safeft.files import write_whole
     from safeft.judge import as_judge
-    from safeft.prompts import read_examples, read_prompts
+    from safeft.reading import read_examples, read_prompts
 
     asked: dict[str, Any] = {}
     if config.harmful:

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     (config,) = parse([LocateConfig], arguments, "locate", LocateConfig.__doc__ or "")
     assert isinstance(config, LocateConfig)
     from safeft.locators import Selection, locate
-    from safeft.prompts import read_prompts
+    from safeft.reading import read_prompts
 
     amount: dict[str, Any] = {
         "fraction": config.fraction,

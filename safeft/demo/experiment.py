@@ -25,11 +25,12 @@ from safeft.freeze.callback import SafetyFreezeCallback
 from safeft.freeze.certificate import Certificate
 from safeft.freeze.plan import Group, group_parameters
 from safeft.freeze.verify import verify
+from safeft.generation import generate
 from safeft.judge import PrefixJudge
 from safeft.locators import Method, Selection, Where, locate
 from safeft.measure import answer_accuracy, domain_loss, refusal_rate
 from safeft.neurons import NeuronSet
-from safeft.prompts import Prompt, as_prompts, generate
+from safeft.prompts import Prompt, as_prompts
 from safeft.report.result import Comparison, Point, Run
 
 logger = logging.getLogger(__name__)

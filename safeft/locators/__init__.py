@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import ConfigError, PromptError
 from safeft.files import sha256
+from safeft.generation import generate
 from safeft.locators.attribution import AttributionFitter
 from safeft.locators.contrast import ContrastFitter
 from safeft.locators.openings import refusal_openings
@@ -24,7 +25,7 @@ from safeft.locators.snip import SnipFitter
 from safeft.locators.variance import VarianceFitter
 from safeft.locators.wanda import WandaFitter
 from safeft.neurons import NeuronSet
-from safeft.prompts import Prompt, PromptLike, as_prompts, batches, generate
+from safeft.prompts import Prompt, PromptLike, as_prompts, batches
 from safeft.sites import Kind, Site, find_sites
 
 __all__ = [

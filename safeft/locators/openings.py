@@ -9,8 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.errors import PromptError
+from safeft.generation import generate_tokens
 from safeft.judge import PrefixJudge, default_refusal_openings
-from safeft.prompts import Prompt, generate_tokens
+from safeft.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,119 @@
+"""Prompts and examples from files: text, CSV, JSON, JSONL."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safeft.errors import PromptError
+from safeft.prompts import Prompt, as_prompts
+
+
+def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
+    """Prompts from a file: ``.txt`` one a line, ``.csv``, ``.jsonl``, or ``.json`` (a list).
+
+    Args:
+        path: The file. In a table, rows with an empty cell are skipped.
+        column: The column or key that holds the prompt. Needed only where a row has several and
+            none of them is called ``prompt``, ``instruction``, ``question``, ``goal`` or ``text``.
+
+    Raises:
+        PromptError: No such file, no such column, no readable row; each message names the file.
+
+    Example:
+        ``read_prompts("advbench/harmful_behaviors.csv", column="goal")``
+    """
+    path = Path(path)
+    cells = (row if isinstance(row, str) else _cell(row, column, path) for row in _read(path))
+    prompts = [cell.strip() for cell in cells if cell.strip()]
+    if not prompts:
+        raise PromptError(
+            f"{str(path)!r} holds no prompt. Nothing can be located or measured on it."
+        )
+    return prompts
+
+
+def read_examples(
+    path: str | Path, prompt_column: str | None = None, answer_column: str | None = None
+) -> list[Prompt]:
+    """Prompts with answers from a table (CSV, JSON, JSONL), also in TRL's ``messages`` form.
+
+    Args:
+        path: The file.
+        prompt_column: Found by its usual names where not given.
+        answer_column: Likewise: ``response``, ``completion``, ``answer``, ``output``.
+
+    Raises:
+        PromptError: No such file or column, or a row without an answer.
+    """
+    path = Path(path)
+    examples = []
+    for row in _read(path):
+        if isinstance(row, Mapping) and prompt_column is None and "messages" in row:
+            examples += as_prompts([row])
+            continue
+        asked = _cell(row, prompt_column, path)
+        answer = _cell(row, answer_column, path, _USUAL_ANSWERS)
+        examples += as_prompts([{"prompt": asked, "response": answer}])
+    if not examples or not all(example.response for example in examples):
+        raise PromptError(
+            f"{str(path)!r} has {len(examples)} rows, and some without an answer; the domain can "
+            "only be measured against answers. Remove those rows."
+        )
+    return examples
+
+
+def _read(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise PromptError(
+            f"There is no prompt file {str(path)!r}. Give the path of an existing file."
+        )
+    try:
+        return _rows(path.suffix.lower(), path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise PromptError(
+            f"{str(path)!r} cannot be read as {path.suffix or 'text'}: {error}. "
+            "Save it as UTF-8 text (one prompt a line), CSV, JSON or JSONL."
+        ) from error
+
+
+def _rows(suffix: str, text: str) -> list[Any]:
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if suffix == ".json":
+        rows = json.loads(text)
+        return rows if isinstance(rows, list) else [rows]
+    return text.split("\n")
+
+
+_USUAL_PROMPTS = ("prompt", "instruction", "question", "goal", "text")
+_USUAL_ANSWERS = ("response", "completion", "answer", "output")
+
+
+def _cell(row: Any, column: str | None, path: Path, usual: Sequence[str] = _USUAL_PROMPTS) -> str:
+    if not isinstance(row, Mapping):
+        raise PromptError(f"{str(path)!r} holds the row {row!r}; a mapping with columns is needed.")
+    if column is None:
+        only = list(row) if len(row) == 1 and usual is _USUAL_PROMPTS else []
+        found = [name for name in usual if name in row] or only
+        if not found:
+            raise PromptError(
+                f"{str(path)!r} has the columns {list(row)}; say which one is meant "
+                f"(usual names are {', '.join(usual)})."
+            )
+        column = found[0]
+    if column not in row:
+        raise PromptError(
+            f"{str(path)!r} has no column {column!r}; it has {list(row)}. Name one of these."
+        )
+    value = row[column]
+    if isinstance(value, list | Mapping):
+        raise PromptError(
+            f"{str(path)!r} holds {type(value).__name__} values in {column!r}; a text is needed. "
+            "Name a column of texts, or write one prompt a line."
+        )
+    return value if isinstance(value, str) else ("" if value is None else str(value))
