@@ -37,7 +37,7 @@ _HOMES = {
     "verify": "safeft.freeze.verify",
 }
 
-__all__ = [*_HOMES]
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,8 @@ import pytest
 from safeft.errors import PromptError
 from safeft.reading import read_examples, read_prompts
 
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Good day"}
 BOTH = ["first, with a comma", "second"]
 
 

@@ -12,7 +12,7 @@ from safeft.errors import ConfigError
 
 
 def parse(
-    configurations: Sequence[type], arguments: Sequence[str], verb: str, about: str
+    configurations: Sequence[Any], arguments: Sequence[str], verb: str, about: str
 ) -> tuple[Any, ...]:
     """Instances of the configuration classes, from ``--config FILE.yaml`` and ``--key value``.
 
