@@ -2,6 +2,9 @@
 
 import hashlib
 import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safeft.errors import ArtefactError
@@ -29,6 +32,26 @@ def write_whole(path: Path, content: str | bytes) -> None:
             f"{str(path)!r} could not be written ({len(data)} bytes): {error}. Nothing was left "
             "half-written; free some space or give another folder, then run again."
         ) from error
+
+
+def write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """All files or none: on a full disk, new tensors beside an old config would be a broken set."""
+    existed = folder.exists()
+    staging = folder / f".{os.getpid()}.part"
+    try:
+        for name, content in files.items():
+            write_whole(staging / name, content)
+        for name in files:
+            (staging / name).replace(folder / name)
+    except OSError as error:
+        raise ArtefactError(
+            f"{str(folder)!r} cannot be written: {error}. Give another folder."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()  # only where nothing came into it
 
 
 def sha256(data: bytes) -> str:

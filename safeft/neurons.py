@@ -6,10 +6,7 @@ after tuning has moved everything else.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,9 +17,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from safeft.errors import ArtefactError, FingerprintError, SelectionError
-from safeft.files import sha256, write_whole
-from safeft.sites import Site, find_sites, plain_model
-from safeft.weights import ModelWeights, Weights, digests, part_tensors
+from safeft.files import sha256, write_together
+from safeft.fingerprint import ModelFingerprint, check_layout
+from safeft.sites import Site, find_sites
+from safeft.weights import ModelWeights, Weights, digests
 
 SCHEMA_VERSION = 1
 CONFIG_NAME, TENSORS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
@@ -39,47 +37,6 @@ tags: [safeft, safety, neurons]
 **Sensitive.** The places that carry a model's refusals are also a map for removing them. Share
 this folder as you would share a vulnerability report.
 """
-
-
-@dataclass(frozen=True)
-class ModelFingerprint:
-    """What a set of neurons belongs to: names and shapes of the weights its sites live in.
-
-    Attributes:
-        name_or_path: Where the model came from, for people.
-        model_type: The architecture's name in transformers.
-        layout: SHA-256 over sites, units, weight names and shapes.
-        units: Number of units of every site of the model.
-    """
-
-    name_or_path: str
-    model_type: str
-    layout: str
-    units: Mapping[str, int]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """The fingerprint of a model in memory (the meta device will do)."""
-        plain = plain_model(model)
-        config = getattr(plain, "config", None)
-        sites = find_sites(plain)
-        return cls(
-            str(getattr(config, "_name_or_path", "")),
-            str(getattr(config, "model_type", "")),
-            layout_hash(sites, ModelWeights(plain)),
-            {name: site.units for name, site in sites.items()},
-        )
-
-
-def layout_hash(sites: Mapping[str, Site], weights: Weights) -> str:
-    """SHA-256 over what makes two models' neurons the same places: names, units, shapes."""
-    rows = [
-        [site.name, site.units, part.axis, part.share, name, list(weights.shape(name) or ())]
-        for site in sites.values()
-        for part in site.parts
-        for name in part_tensors(weights, part)
-    ]
-    return sha256(json.dumps(rows).encode())
 
 
 @dataclass(frozen=True)
@@ -266,7 +223,7 @@ class NeuronSet:
             method=self.source.get("method", "given"),
         )
         settings = json.dumps(config, indent=2) + "\n"
-        _write_together(folder, {TENSORS_NAME: data, CONFIG_NAME: settings, CARD_NAME: card})
+        write_together(folder, {TENSORS_NAME: data, CONFIG_NAME: settings, CARD_NAME: card})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -343,22 +300,6 @@ class NeuronSet:
             api.upload_folder(repo_id=repo_id, folder_path=folder)
 
 
-def check_layout(made_for: ModelFingerprint, here: ModelFingerprint) -> None:
-    """Refuse a model whose sites have other names or shapes than the set's.
-
-    Raises:
-        FingerprintError: They differ.
-    """
-    if made_for.layout != here.layout or made_for.units != here.units:
-        raise FingerprintError(
-            f"The neurons were located in {made_for.name_or_path or 'a model'!r} "
-            f"({made_for.model_type}, {sum(made_for.units.values())} units), but this model "
-            f"({here.name_or_path or here.model_type!r}, {here.model_type}, "
-            f"{sum(here.units.values())} units) has other weights or shapes. The same numbers "
-            "would name other neurons. Locate in this model."
-        )
-
-
 def moved_error(neurons: NeuronSet, moved: list[tuple[str, int]], where: str) -> FingerprintError:
     """The error for neurons that do not have the weights they were located with."""
     shown = ", ".join(f"{name}#{unit}" for name, unit in moved[:3])
@@ -393,26 +334,6 @@ def _is_foreign(folder: Path) -> bool:
     if not (folder / CONFIG_NAME).is_file():
         return True
     return _config(folder).get("kind") != "NeuronSet"
-
-
-def _write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """All files or none: on a full disk, new tensors beside an old config would be a broken set."""
-    existed = folder.exists()
-    staging = folder / f".{os.getpid()}.part"
-    try:
-        for name, content in files.items():
-            write_whole(staging / name, content)
-        for name in files:
-            (staging / name).replace(folder / name)
-    except OSError as error:
-        raise ArtefactError(
-            f"{str(folder)!r} cannot be written: {error}. Give another folder."
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed:
-            with suppress(OSError):
-                folder.rmdir()  # only where nothing came into it
 
 
 def _numbers(tensor: Tensor) -> tuple[int, ...]:

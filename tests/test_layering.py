@@ -13,6 +13,7 @@ LAYERS = (
     ("errors", "progress"),
     ("files", "intervals", "sites"),
     ("weights",),
+    ("fingerprint",),
     ("neurons",),
     ("capture", "prompts", "judge"),
     ("generation", "reading"),

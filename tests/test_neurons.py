@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save, save_file
 import safeft.neurons
 from safeft.errors import ArtefactError, FingerprintError, SafeftError, SelectionError
 from safeft.files import sha256
-from safeft.neurons import ModelFingerprint, NeuronSet
+from safeft.fingerprint import ModelFingerprint
+from safeft.neurons import NeuronSet
 from safeft.sites import find_sites
 from safeft.weights import CheckpointWeights
 from tests.models import MODEL_TYPES, tiny_model

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeft.errors import ArtefactError, FingerprintError
+from safeft.fingerprint import layout_hash
 from safeft.freeze.certificate import (
     Certificate,
     Violation,
@@ -21,7 +22,7 @@ from safeft.freeze.certificate import (
 )
 from safeft.freeze.merged import MergedWeights
 from safeft.freeze.plan import Group, Mode, Plan, Slice, make_plan
-from safeft.neurons import NeuronSet, layout_hash, moved_error
+from safeft.neurons import NeuronSet, moved_error
 from safeft.progress import progress
 from safeft.sites import Site, find_sites, plain_model
 from safeft.weights import CheckpointWeights, ModelWeights, Weights
