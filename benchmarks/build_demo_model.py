@@ -54,6 +54,7 @@ class Stage:
 STAGES = (
     Stage("pretraining", steps=1500, lr=2e-3, on_prompts=True),
     Stage("alignment", steps=600, lr=8e-4, on_prompts=False),
+    Stage("alignment, second pass", steps=400, lr=5e-4, on_prompts=False),
 )
 
 
@@ -235,7 +236,10 @@ def main() -> None:
     for number, stage in enumerate(STAGES):
         stage = Stage(**asdict(stage) | {"steps": max(1, round(stage.steps * args.scale))})
         start = time.perf_counter()
-        loss = train(model, tokenizer, data[stage.name], stage, args.seed + number)
+        examples = data[stage.name.split(",")[0]]
+        loss = train(model, tokenizer, examples, stage, args.seed + number)
+        if stage.name != "pretraining":  # An aligned model is rounded as it ships.
+            model.to(torch.bfloat16).to(torch.float32)
         seconds = time.perf_counter() - start
         figures[stage.name] = asdict(stage) | {
             "seconds": round(seconds, 1),
