@@ -60,10 +60,10 @@ class Settings:
     fractions: tuple[float, ...] = (0.4,)
     method: Method = "attribution"
     sites: Where = "mlp"
-    learning_rate: float = 5e-4
-    steps: int = 200
+    learning_rate: float = 3e-4
+    steps: int = 100
     batch_size: int = 32
-    hold: tuple[Group, ...] = ("embeddings", "norms", "head")
+    hold: tuple[Group, ...] = ()
     looks: int = 8
 
     def __post_init__(self) -> None:
