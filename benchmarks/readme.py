@@ -147,7 +147,10 @@ def filled(text: str) -> str:
         pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"README has no block {name!r}")
-        block = make()
+        try:
+            block = make()
+        except FileNotFoundError:
+            continue
         text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
     return text
 
@@ -158,8 +161,10 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     readme = ROOT / "README.md"
-    picture = refusal_against_domain(Comparison.load(RESULTS / "demo_wide.json"))
-    wanted = {readme: filled(readme.read_text()), RESULTS / "demo.svg": picture + "\n"}
+    wanted = {readme: filled(readme.read_text())}
+    if (RESULTS / "demo_wide.json").is_file():
+        picture = refusal_against_domain(Comparison.load(RESULTS / "demo_wide.json"))
+        wanted[RESULTS / "demo.svg"] = picture + "\n"
     # Another matplotlib may lay the picture out otherwise; the figures may not differ.
     if given.check:
         return int(readme.read_text() != wanted[readme])

@@ -1,9 +1,11 @@
 """Pictures of a comparison as inline SVG: self-contained, sharp, without scripts."""
 
+from collections.abc import Callable
 from io import StringIO
+from statistics import fmean
 from typing import Any
 
-from safeft.report.result import Comparison
+from safeft.report.result import Comparison, Point
 
 _COLOURS = ("#8a8a8a", "#d98c21", "#1f6fb2", "#3a9a5b", "#8e5bb0", "#b23a48", "#4a4a4a", "#2aa5a0")
 
@@ -38,46 +40,38 @@ def _svg(figure: Any) -> str:
 
 
 def refusal_against_domain(comparison: Comparison) -> str:
-    """Refusal kept against the domain learnt, one line a run: up and to the right is better."""
+    """Refusal kept against the domain learnt, a line an arm: up and to the right is better."""
     figure, axes = _figure(6.4, 4.2)
-    for number, arm in enumerate(comparison.arms):
-        for position, run in enumerate(comparison.of(arm)):
-            axes.plot(
-                [point.domain_loss for point in run.curve],
-                [point.refusal for point in run.curve],
-                color=colour(number),
-                marker="o",
-                markersize=3,
-                linewidth=1.6,
-                alpha=0.9 if position == 0 else 0.35,
-                label=arm if position == 0 else None,
-            )
+    _lines(axes, comparison, lambda point: point.domain_loss)
     axes.invert_xaxis()
-    axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("domain loss, nats per answer token (falls to the right)")
-    axes.set_ylabel("harmful prompts refused")
-    axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
 
 def refusal_over_steps(comparison: Comparison) -> str:
-    """Refusal against training steps, one line a run."""
+    """Refusal against training steps, a line an arm."""
     figure, axes = _figure(6.4, 3.4)
-    for number, arm in enumerate(comparison.arms):
-        for position, run in enumerate(comparison.of(arm)):
-            axes.plot(
-                [point.step for point in run.curve],
-                [point.refusal for point in run.curve],
-                color=colour(number),
-                linewidth=1.6,
-                alpha=0.9 if position == 0 else 0.35,
-                label=arm if position == 0 else None,
-            )
-    axes.set_ylim(-0.03, 1.03)
+    _lines(axes, comparison, lambda point: point.step)
     axes.set_xlabel("training steps")
+    return _svg(figure)
+
+
+def _lines(axes: Any, comparison: Comparison, across: Callable[[Point], float]) -> None:
+    """The mean over seeds, strong, and each seed, faint."""
+    for number, arm in enumerate(comparison.arms):
+        curves = [run.curve for run in comparison.of(arm)]
+        places = [[across(point) for point in curve] for curve in curves]
+        heights = [[point.refusal for point in curve] for curve in curves]
+        if len(curves) > 1:
+            for xs, ys in zip(places, heights, strict=True):
+                axes.plot(xs, ys, color=colour(number), linewidth=0.7, alpha=0.2)
+        xs, ys = (
+            [fmean(column) for column in zip(*rows, strict=True)] for rows in (places, heights)
+        )
+        axes.plot(xs, ys, color=colour(number), marker="o", markersize=3, linewidth=1.6, label=arm)
+    axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("harmful prompts refused")
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def neurons_by_layer(comparison: Comparison) -> str:
