@@ -279,14 +279,10 @@ def post_instruction_length(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> int:
     """How many template tokens, at least 1, stand between the instruction and the answer."""
-    first, second = (
-        prompt_tokens(tokenizer, prompt, chat_template)
-        for prompt in as_prompts(["Alpha one", "Beta two"])
-    )
-    same = 0
-    while same < min(len(first), len(second)) and first[-1 - same] == second[-1 - same]:
-        same += 1
-    return max(same, 1)
+    probe = "Alpha"
+    text = render(tokenizer, as_prompts([probe])[0], chat_template)
+    after = text[text.rindex(probe) + len(probe) :] if probe in text else ""
+    return max(len(_ids(tokenizer, after)), 1)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

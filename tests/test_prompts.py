@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import safeft.prompts
 from safeft.errors import PromptError
@@ -258,3 +261,13 @@ def test_a_tokenizer_without_a_pad_token_uses_the_end_token() -> None:
 
 def test_examples_run() -> None:
     assert doctest.testmod(safeft.prompts).failed == 0
+
+
+def test_words_a_tokenizer_does_not_know_are_no_template_tokens() -> None:
+    words = Tokenizer(WordLevel({"[UNK]": 0, "<u>": 1, "<a>": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="<u>")
+    tokenizer.chat_template = "<u> {{ messages[0].content }} <a>"
+    assert post_instruction_length(tokenizer) == 1
+    (batch,) = batches(tokenizer, as_prompts(["one", "two three"]), batch_size=2)
+    assert batch.choose("post_instruction").sum(1).tolist() == [1, 1]
