@@ -222,13 +222,15 @@ def main() -> None:
     parser.add_argument("--tuning_steps", type=int, default=160)
     parser.add_argument("--learning_rate", default="3.0e-4")
     parser.add_argument("--fraction", default="0.4")
+    parser.add_argument("--lora", action="store_true", help="the same under LoRA as well")
     given = parser.parse_args()
     work, base = given.work, given.work / "base"
     work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     texts = Texts(given.data)
     write(work, texts)
-    if not (base / "config.json").is_file():
+    fresh = not (base / "config.json").is_file()
+    if fresh:
         torch.manual_seed(0)
         tokenizer = build_tokenizer(texts.pretraining() + texts.alignment())
         model = build_model(tokenizer)
@@ -266,7 +268,7 @@ def main() -> None:
                 "fraction",
             )
         ),
-        "build_seconds": round(built),
+        "build_seconds": round(built) if fresh else None,
         "models": {"base": evaluate(base, base, work)},
     }
     tune = [
@@ -301,36 +303,22 @@ def main() -> None:
         "true",
     ]
     held = ["--hold", "embeddings", "norms", "head"]
-    for arm, more in {
+    arms = {
         "plain": [],
         "random": ["--protected", f"{work}/random", *held],
         "located": ["--protected", f"{work}/located", *held],
-        "located, LoRA r=8": [
-            "--protected",
-            f"{work}/located",
-            "--use_peft",
-            "--lora_r",
-            "8",
-            "--lora_target_modules",
-            "all-linear",
-            "--learning_rate",
-            "2.0e-3",
-        ],
-        "plain LoRA r=8": [
-            "--use_peft",
-            "--lora_r",
-            "8",
-            "--lora_target_modules",
-            "all-linear",
-            "--learning_rate",
-            "2.0e-3",
-        ],
-    }.items():
+    }
+    if given.lora:
+        lora = ["--use_peft", "--lora_r", "8", "--lora_target_modules", "all-linear"]
+        lora += ["--learning_rate", "2.0e-3"]
+        arms["plain LoRA r=8"] = lora
+        arms["located LoRA r=8"] = ["--protected", f"{work}/located", *lora]
+    for arm, more in arms.items():
         out = work / arm.replace(" ", "_").replace(",", "").replace("=", "")
         safeft(*tune, *more, "--output_dir", str(out))
         found = evaluate(out, base, work)
         if arm.startswith(("random", "located")):
-            which = arm.split(",")[0].split()[0]
+            which = arm.split()[0]
             verdict = safeft(
                 "verify",
                 "--base",
