@@ -314,7 +314,7 @@ def main() -> None:
         arms["plain LoRA r=8"] = lora
         arms["located LoRA r=8"] = ["--protected", f"{work}/located", *lora]
     for arm, more in arms.items():
-        out = work / arm.replace(" ", "_").replace(",", "").replace("=", "")
+        out = work / f"tuned_{arm.replace(' ', '_').replace('=', '')}"
         safeft(*tune, *more, "--output_dir", str(out))
         found = evaluate(out, base, work)
         if arm.startswith(("random", "located")):

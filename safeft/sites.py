@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from safeft.errors import UnsupportedModelError
+from safeft.shards import Axis, shape_of
 
 Kind: TypeAlias = Literal["mlp", "attention"]
-Axis: TypeAlias = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,28 @@ _PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)$")
 
 
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod")
+"""Where activation checkpointing and torch.compile put the module they wrap."""
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside wrappers that change how it runs and not what it is."""
+    while inner := next(
+        (module._modules[name] for name in _WRAPPED if name in module._modules), None
+    ):
+        module = inner
+    return module
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without the wrappers' parts."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 def plain_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT or DDP wrapper (adapter layers stay in place)."""
+    """The transformers model inside PEFT, DDP or torch.compile (adapter layers stay in place)."""
     while True:
+        model = bare(model)
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
         peft_base = getattr(model, "get_base_model", None)
         inner = peft_base() if inner is None and callable(peft_base) else inner
@@ -174,7 +193,7 @@ def find_sites(model: nn.Module, kinds: tuple[Kind, ...] = ("mlp", "attention"))
         match = _BLOCK.search(path)
         if match is None:
             continue
-        layer = int(match.group(1))
+        layer, path, block = int(match.group(1)), plain_name(path), bare(block)
         if "mlp" in kinds:
             site = _mlp(block, path, layer, layout, model_type)
             sites[site.name] = site
@@ -224,7 +243,7 @@ def _attention(
             is_norm = part.endswith("_norm")
             child = found if is_norm else _linear(holder, part, name, model_type)
             weight = child.weight if isinstance(child.weight, Tensor) else torch.empty(0)
-            _expect(len(weight), rows, name, part, model_type)
+            _expect(shape_of(weight)[0], rows, name, part, model_type)
             reads.append(Part(f"{name}.{part}", "rows", width, sharing))
     writes = Part(f"{name}.{layout.attention_writes}", "columns", width)
     return Site(name, "attention", layer, heads, width, tuple(reads), writes)
@@ -249,10 +268,10 @@ def _linear(holder: nn.Module, child: str, site: str, model_type: str) -> nn.Lin
             "Linear: which axis is the unit is unknown, so it cannot be frozen."
         )
     shape = (found.out_features, found.in_features)
-    if found.weight.shape != shape or found.weight.dtype not in _PLAIN_DTYPES:
+    if shape_of(found.weight) != shape or found.weight.dtype not in _PLAIN_DTYPES:
         raise UnsupportedModelError(
             f"{site}.{child} of this {model_type!r} model holds a {found.weight.dtype} weight of "
-            f"shape {tuple(found.weight.shape)} for {shape}. Quantised weights have no rule yet: "
+            f"shape {shape_of(found.weight)} for {shape}. Quantised weights have no rule yet: "
             "their numbers mean nothing without scales. Load the model in bfloat16 or float32."
         )
     return found

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safeft.errors import ArtefactError
-from safeft.sites import Axis, Part, Site, dense, plain_model
+from safeft.shards import Axis, read, shape_of
+from safeft.sites import Part, Site, dense, plain_model, plain_name
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -38,7 +39,10 @@ class Weights(Protocol):
 
 
 class ModelWeights:
-    """Weights of a model in memory; under an adapter, those of the base layers."""
+    """Weights of a model in memory; under an adapter, those of the base layers.
+
+    Where they are sharded over processes, every process has to read the same slices in turn.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = plain_model(model)
@@ -49,24 +53,24 @@ class ModelWeights:
             found = getattr(dense(self._model.get_submodule(path)), leaf, None)
         except AttributeError:
             return None
-        return found.detach() if isinstance(found, Tensor) else None
+        return found if isinstance(found, Tensor) else None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """See :class:`Weights`."""
         found = self._find(name)
-        return None if found is None else tuple(found.shape)
+        return None if found is None else shape_of(found)
 
     def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
         """See :class:`Weights`."""
         found = self._find(name)
         if found is None:
             raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
-        _check_bounds(name, tuple(found.shape), axis, entries)
-        return take(found, axis, entries).cpu()
+        _check_bounds(name, shape_of(found), axis, entries)
+        return read(found, axis, entries).cpu()
 
     def names(self) -> list[str]:
         """See :class:`Weights`."""
-        return sorted(name for name, _ in self._model.named_parameters())
+        return sorted(plain_name(name) for name, _ in self._model.named_parameters())
 
 
 class CheckpointWeights:

@@ -197,7 +197,9 @@ def trainer_of(
 
 def _plain(model: Any, output_dir: Path, extra: Any, settings: Any) -> Trainer:
     args = arguments(output_dir, **settings)
-    return Trainer(model, args, train_dataset=token_rows(), **extra)
+    return Trainer(
+        model, args, train_dataset=token_rows(), eval_dataset=token_rows(8, seed=1), **extra
+    )
 
 
 def _sft(model: Any, output_dir: Path, extra: Any, settings: Any) -> Trainer:

@@ -390,7 +390,9 @@ def test_a_callback_added_late_works_in_one_process(tmp_path: Path) -> None:
     assert all(name in trainer.state.log_history[0] for name in SCALARS)
 
 
-def test_a_callback_added_late_is_refused_on_resume_and_among_processes(tmp_path: Path) -> None:
+def test_a_callback_added_late_is_refused_on_resume_and_among_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of()
     trainer = trainer_of("Trainer", model, tmp_path, [], save_strategy="steps", save_steps=1)
     trainer.train()
@@ -400,12 +402,10 @@ def test_a_callback_added_late_is_refused_on_resume_and_among_processes(tmp_path
     with pytest.raises(FreezeError, match="holds step 2 already.*Pass it to the constructor"):
         trainer.train(resume_from_checkpoint=True)
 
-    class Two:
-        optim, deepspeed, fsdp, world_size = "adamw_torch", None, None, 2
-
     callback = freeze(model_of())
+    monkeypatch.setattr("safeft.freeze.callback.ranks", lambda: 2)
     with pytest.raises(FreezeError, match="are wrapped already.*Pass it to the constructor"):
-        callback._prepare_late(Two, trainer.state, model)
+        callback._check_late(trainer.args, trainer.state, model)
 
 
 def test_a_parameter_replaced_since_is_an_error(tmp_path: Path) -> None:

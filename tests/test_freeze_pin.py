@@ -43,7 +43,7 @@ def test_the_mask_zeroes_held_gradients_and_nothing_else(model: Any) -> None:
     backward(model)
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     pin.install(sgd(model))
     backward(model)
     masks = frozen_entries(plain, SMALL, "freeze")
@@ -53,7 +53,7 @@ def test_the_mask_zeroes_held_gradients_and_nothing_else(model: Any) -> None:
 
 
 def test_gradients_accumulate_masked(model: Any) -> None:
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     pin.install(sgd(model))
     for seed in range(3):
         backward(model, seed)
@@ -63,7 +63,7 @@ def test_gradients_accumulate_masked(model: Any) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_masked_too(model: Any) -> None:
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     pin.install(sgd(model))
     weight = model.model.layers[0].mlp.up_proj.weight
     (weight * torch.full_like(weight, torch.inf)).sum().backward()
@@ -73,7 +73,7 @@ def test_a_gradient_that_is_not_finite_is_masked_too(model: Any) -> None:
 
 def test_the_pin_runs_after_each_step(model: Any) -> None:
     base = state_of(model)
-    pin = Pin(plan_of(model, LARGE))
+    pin = Pin(plan_of(model, LARGE).holds)
     optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
     pin.install(optimizer)
     for seed in range(3):
@@ -92,7 +92,7 @@ def test_moments_of_held_entries_are_cleared_and_the_others_kept(model: Any) -> 
         name: {key: value.clone() for key, value in optimizer.state[p].items()}
         for name, p in model.named_parameters()
     }
-    Pin(plan_of(model)).install(optimizer)
+    Pin(plan_of(model).holds).install(optimizer)
     for name, mask in frozen_entries(state_of(model), SMALL, "freeze").items():
         state = optimizer.state[dict(model.named_parameters())[name]]
         assert torch.equal(state["step"], before[name]["step"])
@@ -105,7 +105,7 @@ def test_stale_moments_would_not_move_what_the_pin_holds(model: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     backward(model)
     optimizer.step()
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     pin.install(optimizer)
     pin.measuring = True
     backward(model)
@@ -115,7 +115,7 @@ def test_stale_moments_would_not_move_what_the_pin_holds(model: Any) -> None:
 
 def test_installing_puts_back_what_was_loaded_over_it_and_counts_it(model: Any) -> None:
     base = state_of(model)
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(1)
         model.model.layers[1].self_attn.o_proj.weight[:, 16] += 1
@@ -134,8 +134,8 @@ def test_adapter_factors_are_held_at_zero_without_a_snapshot() -> None:
     model = get_peft_model(model_of(), lora(init_lora_weights=False))
     base = state_of(model.get_base_model())
     plan = plan_of(model, LARGE)
-    pin = Pin(plan)
-    assert all(kept is None for kept in pin._kept)
+    pin = Pin(plan.holds)
+    assert all(kept is None for kept in pin._base)
     optimizer = sgd(model, weight_decay=0.1)
     assert pin.install(optimizer) == len(plan.holds)
     backward(model)
@@ -149,7 +149,7 @@ def test_adapter_factors_are_held_at_zero_without_a_snapshot() -> None:
 
 def test_only_the_slices_are_stored(model: Any) -> None:
     plan = plan_of(model, LARGE)
-    kept = Pin(plan)._kept
+    kept = Pin(plan.holds)._base
     assert sum(values.numel() for values in kept) == plan.held_weights
 
 
@@ -160,7 +160,7 @@ def test_measuring_gives_the_removed_norm_and_the_drift_once(model: Any) -> None
     removed = sum(float(parameters[n].grad[m].square().sum()) for n, m in masks.items()) ** 0.5
     largest = max(float(parameters[n].detach()[m].abs().max()) for n, m in masks.items() if m.any())
     model.zero_grad()
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     optimizer = sgd(model, weight_decay=0.5)
     pin.install(optimizer)
     pin.measuring = True
@@ -177,7 +177,7 @@ def test_measuring_gives_the_removed_norm_and_the_drift_once(model: Any) -> None
 
 
 def test_removing_and_installing_again_leaves_one_hook_each(model: Any) -> None:
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     optimizer = sgd(model)
     pin.install(optimizer)
     pin.install(optimizer)
@@ -196,7 +196,7 @@ def test_removing_and_installing_again_leaves_one_hook_each(model: Any) -> None:
 
 def test_a_parameter_without_gradient_is_pinned_without_a_mask(model: Any) -> None:
     plan = plan_of(model)
-    pin = Pin(plan)
+    pin = Pin(plan.holds)
     for parameter in model.model.layers[0].parameters():
         parameter.requires_grad_(False)
     optimizer = sgd(model)
@@ -211,7 +211,7 @@ def test_a_parameter_without_gradient_is_pinned_without_a_mask(model: Any) -> No
 
 
 def test_masks_that_did_not_fire_are_an_error(model: Any) -> None:
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     pin.install(sgd(model))
     with pytest.raises(FreezeError, match="None of the 7 gradient masks fired in the first step"):
         pin.check_fired()
@@ -225,7 +225,7 @@ def test_masks_that_did_not_fire_are_an_error(model: Any) -> None:
 
 
 def test_a_cast_since_the_snapshot_is_an_error(model: Any) -> None:
-    pin = Pin(plan_of(model))
+    pin = Pin(plan_of(model).holds)
     model.to(torch.bfloat16)
     with pytest.raises(FreezeError, match="was cast from torch.float32 to torch.bfloat16"):
         pin.install(sgd(model))

@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "safeft"
 
 LAYERS = (
     ("errors", "progress"),
-    ("files", "intervals", "sites"),
+    ("files", "intervals", "processes"),
+    ("shards",),
+    ("sites",),
     ("weights",),
     ("fingerprint",),
     ("neurons",),

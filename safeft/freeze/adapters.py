@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from safeft.errors import FreezeError
-from safeft.sites import LAYOUTS, Axis, plain_model
+from safeft.shards import Axis, live
+from safeft.sites import LAYOUTS, plain_model
 
 _KEEPS_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights as they are."""
@@ -169,7 +170,7 @@ def check_fresh(model: nn.Module) -> None:
         for adapter, factor in factors.items():
             starts_at_zero = configs[adapter].init_lora_weights not in (False, "orthogonal")
             used = _trains(factor) or adapter in getattr(module, "active_adapters", ())
-            if starts_at_zero and used and any(p.any() for p in factor.parameters()):
+            if starts_at_zero and used and any(_learned(p) for p in factor.parameters()):
                 raise FreezeError(
                     f"Adapter {adapter!r} was trained before ({path}.lora_B is not zero). Its "
                     "neurons differ from the base already, and zeroing them would change the "
@@ -177,3 +178,10 @@ def check_fresh(model: nn.Module) -> None:
                     "trainer.train(resume_from_checkpoint=...); or merge it (merge_and_unload), "
                     "locate again, and tune anew."
                 )
+
+
+def _learned(parameter: nn.Parameter) -> bool:
+    """Whether any number of it that this process stores is not zero."""
+    if parameter.is_meta:
+        return False
+    return any(bool(block.open().any()) for block in live(parameter).blocks)

@@ -1,24 +1,38 @@
 """``SafetyFreezeCallback``: the one line that makes a trainer keep its safety neurons."""
 
+import json
 import logging
+import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from safeft.errors import FreezeError
+from safeft.errors import FreezeError, SafeftError
+from safeft.files import sha256
 from safeft.freeze.adapters import check_adapters, check_fresh
 from safeft.freeze.certificate import Certificate
 from safeft.freeze.certifier import Certifier, demand_exact
-from safeft.freeze.engines import check_arguments, check_parameters, describe, innermost
+from safeft.freeze.engines import (
+    DDPWatch,
+    asked_engine,
+    check_arguments,
+    check_engine,
+    check_expected,
+    describe,
+    found_engine,
+    innermost,
+)
 from safeft.freeze.pin import Pin
 from safeft.freeze.plan import Group, Mode, Plan, make_plan
 from safeft.freeze.relay import add_scalars, add_source
 from safeft.neurons import NeuronSet
-from safeft.sites import plain_model
+from safeft.processes import rank, ranks, same_everywhere, together
+from safeft.shards import check_offsets, keeper
+from safeft.sites import plain_model, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +44,10 @@ class SafetyFreezeCallback(TrainerCallback):
     whatever cannot be exact; masks gradients before clipping; puts the neurons back after every
     optimizer step; logs ``safeft/*`` scalars to the configured trackers; and writes
     ``safeft_certificate.json`` into each checkpoint and, at the end, into the output folder.
+
+    Works in one process, under DDP, FSDP2 and DeepSpeed ZeRO 1 to 3; where a launcher falls back
+    to another engine than was asked for, or a mask does not fire in the first step, all processes
+    stop with the reason.
 
     On resume, neurons that were not frozen before (an enlarged set) return to the base model's
     values, so that the certificate always speaks about the base. Parameters held whole leave the
@@ -43,6 +61,9 @@ class SafetyFreezeCallback(TrainerCallback):
         hold: Groups of parameters to hold whole as well: ``embeddings``, ``norms``, ``head``,
             ``biases``.
         strict: Refuse a model whose neurons have other weights than the set was located with.
+        engine: Demand this engine (``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2``,
+            ``zero3``); by default the one the settings ask for.
+        processes: Demand this many.
 
     Raises:
         FreezeError, FingerprintError, UnsupportedModelError: When the trainer is constructed.
@@ -59,19 +80,30 @@ class SafetyFreezeCallback(TrainerCallback):
         *,
         hold: Collection[Group] = (),
         strict: bool = True,
+        engine: str | None = None,
+        processes: int | None = None,
     ) -> None:
-        found = neurons if isinstance(neurons, NeuronSet) else NeuronSet.from_pretrained(neurons)
-        self.neurons: NeuronSet = found
+        self._unread: SafeftError | None = None
+        try:
+            given = isinstance(neurons, NeuronSet)
+            self.neurons: NeuronSet = neurons if given else NeuronSet.from_pretrained(neurons)
+        except SafeftError as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+                raise
+            self._unread = error  # said by all processes at once, where the trainer is built
         self.mode: Mode = mode
         self.hold = tuple(hold)
         self.strict = strict
+        self.engine, self.processes = engine, processes
         self.certificate: Certificate | None = None
         self.plan: Plan | None = None
+        self._paths: list[str] = []
         self._pin: Pin | None = None
         self._certifier: Certifier | None = None
         self._state: TrainerState | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: Any = None
         self._model: nn.Module | None = None
+        self._ddp: DDPWatch | None = None
         self._scalars: dict[str, float] = {}
         self._restored = 0
         self._checked = False
@@ -91,17 +123,29 @@ class SafetyFreezeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Check everything, and take the snapshot while the model holds its base weights."""
-        check_arguments(args)
-        self._prepare(model)
+        together(lambda: self._check(args, model))
+        self._prepare(args, model)
 
-    def _prepare(self, model: nn.Module) -> None:
-        check_parameters(model)
+    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
+        if self._unread is not None:
+            raise self._unread
+        check_arguments(args)
+        found_engine(model)
         check_adapters(model)
         check_fresh(model)
-        self.neurons.check_model(model, weights_too=self.strict)
-        self.plan = make_plan(model, self.neurons, self.mode, self.hold)
-        self._model = plain_model(model)
-        if not self.plan.holds and not self.plan.still:
+
+    def _prepare(self, args: TrainingArguments, model: nn.Module) -> None:
+        same_everywhere(self.neurons.hash[:16], "the neuron set (its hash)")
+        # Where weights are loaded in one process only, the others have nothing to compare.
+        sharded = any(keeper(parameter) != "plain" for parameter in model.parameters())
+        weights_too = self.strict and (sharded or rank() == 0)
+        if sharded:
+            self.neurons.check_model(model, weights_too=weights_too)
+        else:
+            together(lambda: self.neurons.check_model(model, weights_too=weights_too))
+        self.plan = together(lambda: make_plan(model, self.neurons, self.mode, self.hold))
+        same_everywhere(_signature(self.plan), "what is to be held")
+        if not self.plan.holds and not self.plan.still and rank() == 0:
             logger.warning(
                 "None of the %d neurons lies in a trainable parameter: they are held already, and "
                 "there is nothing to mask.",
@@ -109,8 +153,11 @@ class SafetyFreezeCallback(TrainerCallback):
             )
         for _, parameter in self.plan.still:
             parameter.requires_grad_(False)
-        self._pin = Pin(self.plan)
-        self._certifier = Certifier(self.plan, model, self.neurons)
+        paths = {id(parameter): path for path, parameter in _by_path(model).items()}
+        self._paths = [paths[id(hold.parameter)] for hold in self.plan.holds]
+        self._pin = Pin(self.plan.holds)
+        casts = asked_engine(args) not in ("single", "ddp")
+        self._certifier = Certifier(self.plan, model, self.neurons, casts=casts)
 
     def on_train_begin(
         self,
@@ -123,15 +170,17 @@ class SafetyFreezeCallback(TrainerCallback):
     ) -> None:
         """Install masks and pin, after weights and optimizer state are final (resume included)."""
         if self._pin is None:
-            self._prepare_late(args, state, model)
-        assert self.plan is not None
+            together(lambda: self._check_late(args, state, model))
+            self._prepare(args, model)
         assert self._pin is not None
-        check_parameters(model)
-        self._check_same_parameters(model)
-        self._state, self._optimizer = state, innermost(optimizer)
-        moved = self._pin.install(self._optimizer)
+        plan = together(lambda: self._plan_again(args, model, optimizer))
+        for hold in plan.holds:
+            check_offsets(hold.parameter)
+        self.plan, self._model = plan, plain_model(model)
+        self._state, self._optimizer = state, optimizer
+        moved = self._pin.install(innermost(optimizer), plan.holds)
         self._restored = moved if state.global_step else 0
-        if self._restored:
+        if self._restored and rank() == 0:
             logger.warning(
                 "Resuming at step %d: %d held slices had been trained before and return to the "
                 "base model's values.",
@@ -139,44 +188,54 @@ class SafetyFreezeCallback(TrainerCallback):
                 self._restored,
             )
         self._checked = False
+        self._ddp = DDPWatch(self._model) if found_engine(model, optimizer) == "ddp" else None
         self._certify(state, "at the start of training")
 
-    def _prepare_late(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+    def _check_late(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """For a callback that was added after the trainer was built."""
-        check_arguments(args)
-        if args.world_size > 1 or state.global_step:
+        self._check(args, model)
+        if ranks() > 1 or state.global_step:
             reason = (
                 "the parameters to hold are wrapped already"
-                if args.world_size > 1
+                if ranks() > 1
                 else f"the model holds step {state.global_step} already, not its base weights"
             )
             raise FreezeError(
                 f"The callback was added after the trainer was built, so {reason}. Pass it to the "
                 "constructor: callbacks=[...]."
             )
-        self._prepare(model)
 
-    def _check_same_parameters(self, model: nn.Module) -> None:
-        """The trainer may have replaced or unfrozen parameters since the plan was made."""
+    def _plan_again(self, args: TrainingArguments, model: nn.Module, optimizer: Any) -> Plan:
+        """The plan on the parameters in training: engines put others in the place of the model's.
+
+        What they hold must be what was snapshot: the trainer may have replaced or unfrozen
+        parameters since.
+        """
         assert self.plan is not None
-        alive = {id(parameter) for parameter in model.parameters()}
-        known = [(hold.name, hold.parameter) for hold in self.plan.holds] + list(self.plan.still)
-        for name, parameter in known:
-            if id(parameter) not in alive:
-                raise FreezeError(
-                    f"{name} was replaced after the trainer was built, so its mask would never "
-                    "fire. Build adapters and cast the model before constructing the trainer, and "
-                    "pass it a model, not a model_init."
-                )
+        check_engine(args, model, optimizer)
+        expected = {"engine": found_engine(model, optimizer), "processes": ranks()}
+        check_expected(expected, self.engine, self.processes)
+        known = {hold.name for hold in self.plan.holds}
         now = make_plan(model, self.neurons, self.mode, self.hold)
-        held = {id(hold.parameter) for hold in self.plan.holds}
-        loose = [(hold.name, hold.parameter) for hold in now.holds] + list(now.still)
-        for name, parameter in loose:
-            if id(parameter) not in held:
+        loose = [hold.name for hold in now.holds if hold.name not in known]
+        if loose := loose + [name for name, _ in now.still]:
+            raise FreezeError(
+                f"{loose[0]} became trainable after the trainer was built, so nothing would hold "
+                "it. Set requires_grad and add adapters before constructing the trainer."
+            )
+        here = _by_path(model)
+        holds = []
+        for hold, path in zip(self.plan.holds, self._paths, strict=True):
+            parameter = here.get(path)
+            replaced = parameter is not hold.parameter
+            if parameter is None or (replaced and keeper(parameter) == "plain"):
                 raise FreezeError(
-                    f"{name} became trainable after the trainer was built, so nothing would hold "
-                    "it. Set requires_grad and add adapters before constructing the trainer."
+                    f"{hold.name} was replaced after the trainer was built, so its mask would "
+                    "never fire. Build adapters and cast the model before constructing the "
+                    "trainer, and pass it a model, not a model_init."
                 )
+            holds.append(replace(hold, parameter=parameter))
+        return replace(self.plan, holds=tuple(holds))
 
     def on_step_begin(
         self,
@@ -201,7 +260,13 @@ class SafetyFreezeCallback(TrainerCallback):
         """In the first step, every mask must have fired."""
         assert self._pin is not None
         if not self._checked:
-            self._pin.check_fired()
+            together(self._check_first_backward)
+
+    def _check_first_backward(self) -> None:
+        assert self._pin is not None
+        self._pin.check_fired()
+        if self._ddp is not None:
+            self._ddp.check()
 
     def on_optimizer_step(
         self,
@@ -213,14 +278,9 @@ class SafetyFreezeCallback(TrainerCallback):
     ) -> None:
         """In the first step, the pin must have fired."""
         assert self._pin is not None
-        if not self._checked:
-            skipped = bool(getattr(optimizer, "step_was_skipped", False))
-            if self._pin.pins == 0 and not skipped:
-                raise FreezeError(
-                    "The optimizer stepped and the pin did not fire: this optimizer does not step "
-                    "as torch's do, and weight decay would move the neurons. Use adamw_torch."
-                )
-            self._checked = self._pin.pins > 0
+        if not self._checked and not bool(getattr(optimizer, "step_was_skipped", False)):
+            together(self._pin.check_pinned)
+            self._checked = True
         if self._pin.measuring:
             assert self.plan is not None
             self._scalars = {"safeft/frozen_share": self.plan.frozen_share, **self._pin.measured()}
@@ -246,6 +306,8 @@ class SafetyFreezeCallback(TrainerCallback):
         """Certify the result, into the output folder, and take the hooks off."""
         assert self._pin is not None
         self._pin.remove()
+        if self._ddp is not None:
+            self._ddp.remove()
         folder = Path(str(args.output_dir))
         if state.is_world_process_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +333,10 @@ class SafetyFreezeCallback(TrainerCallback):
 
     def _certify(self, state: TrainerState, when: str, folder: Path | None = None) -> None:
         assert self._certifier is not None
-        self.certificate = self._certifier.certify(self._run(state))
+        assert self._pin is not None
+        assert self.plan is not None
+        part = self._pin.report() if ranks() > 1 else None
+        self.certificate = self._certifier.certify(self._run(state), self.plan, part)
         if folder is not None and state.is_world_process_zero and folder.is_dir():
             self.certificate.save(folder)
         demand_exact(self.certificate, when)
@@ -284,6 +349,7 @@ class SafetyFreezeCallback(TrainerCallback):
         masked = [hold.parameter.requires_grad for hold in self.plan.holds]
         return {
             **describe(self._model, self._optimizer),
+            "wrapper": self._ddp.seen if self._ddp is not None else None,
             "steps": state.global_step,
             "pins": self._pin.pins,
             "masked_parameters": sum(masked),
@@ -291,3 +357,17 @@ class SafetyFreezeCallback(TrainerCallback):
             "held_whole": [name for name, _ in self.plan.still],
             "slices_restored_on_resume": self._restored,
         }
+
+
+def _by_path(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by a name that wrapping does not change."""
+    return {plain_name(name): found for name, found in plain_model(model).named_parameters()}
+
+
+def _signature(plan: Plan) -> str:
+    """What must be the same in all processes, so that they exchange the same slices in turn."""
+    rows = [
+        [piece.name, piece.axis, -1 if piece.entries is None else piece.entries.tolist()]
+        for piece in plan.slices
+    ] + [[hold.name, hold.entries.tolist()] for hold in plan.holds]
+    return sha256(json.dumps(rows).encode())[:16]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safeft.errors import FreezeError
 from safeft.freeze.certificate import (
@@ -16,69 +16,110 @@ from safeft.freeze.certificate import (
 )
 from safeft.freeze.plan import Plan, Slice
 from safeft.neurons import NeuronSet
-from safeft.sites import plain_model
+from safeft.processes import from_first, gathered, rank, ranks
+from safeft.shards import keeper, read
 from safeft.weights import ModelWeights
+
+_CAST_TO = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Certifier:
     """Compares a plan's slices with the base, by hash; no second copy of them is kept.
 
-    Make it while the model holds its base weights.
+    Make it while the model holds its base weights; those of process 0 count.
+
+    Args:
+        plan: What is held, on the model as it is now.
+        model: The model.
+        neurons: The set, for the certificate.
+        casts: The engine may store weights in another dtype than they were loaded in (FSDP2 trains
+            in float32, DeepSpeed computes in bfloat16): hash the base in each of them.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, neurons: NeuronSet) -> None:
+    def __init__(
+        self, plan: Plan, model: nn.Module, neurons: NeuronSet, *, casts: bool = False
+    ) -> None:
         self._plan, self._neurons = plan, neurons
-        self._weights = ModelWeights(plain_model(model))
-        self._base = [self._hash(piece) for piece in plan.slices]
+        self._weights = ModelWeights(model)
+        self._base: list[dict[str, str]] = []
+        self._shared = False
+        if rank() == 0 or any(keeper(p) != "plain" for p in model.parameters()):
+            self._base = [self._base_hashes(piece, casts) for piece in plan.slices]
 
-    def certify(self, run: Mapping[str, Any]) -> Certificate:
-        """The certificate as of now. Under DDP every rank must call it; they must agree."""
+    def certify(
+        self,
+        run: Mapping[str, Any],
+        plan: Plan | None = None,
+        part: Mapping[str, Any] | None = None,
+    ) -> Certificate:
+        """The certificate as of now. Every process must call it; they must agree.
+
+        Args:
+            run: What the run says about itself.
+            plan: The plan on the parameters as they are trained now, where an engine has put
+                others in the place of the model's.
+            part: What this process says of the part it stores (see :meth:`Pin.report`).
+        """
+        plan = plan or self._plan
+        if not self._shared:
+            self._base, self._shared = from_first(self._base), True
         slices, violations = [], []
-        for piece, base in zip(self._plan.slices, self._base, strict=True):
-            now = self._hash(piece)
-            count = len(piece.entries) if piece.entries is not None else "all"
+        for piece, base in zip(plan.slices, self._base, strict=True):
+            values = self._read(piece)
+            dtype, now = str(values.dtype).removeprefix("torch."), bytes_hash([values])
+            was = base.get(dtype, next(iter(base.values())))
             slices.append(
                 {
                     "tensor": piece.name,
                     "axis": piece.axis,
-                    "count": count,
-                    "sha256_base": base,
+                    "count": len(piece.entries) if piece.entries is not None else "all",
+                    "dtype": dtype,
+                    "sha256_base": was,
                     "sha256_now": now,
                 }
             )
-            if now != base:
+            if now != was:
                 violations.append(Violation(piece.name, "", piece.axis))
-        violations += self._moved_factors()
-        if disagreeing := _ranks_that_disagree([s["sha256_now"] for s in slices]):
-            violations.append(Violation(f"ranks {disagreeing}", "", "rows"))
+        violations += _moved_factors(plan)
+        hashes = gathered([piece["sha256_now"] for piece in slices])
+        parts = [theirs for theirs in gathered(part) if theirs is not None]
+        if differing := [n for n, theirs in enumerate(hashes) if theirs != hashes[0]]:
+            violations.append(Violation(f"ranks {differing}", "", "rows"))
+        if moved := [n for n, theirs in enumerate(parts) if not theirs["exact"]]:
+            violations.append(Violation(f"optimizer's copy on ranks {moved}", "", "rows"))
         return Certificate(
             not violations,
             tuple(violations),
-            self._plan.mode,
+            plan.mode,
             describe_set(self._neurons),
             tuple(slices),
-            self._plan.frozen_share,
-            dict(run),
+            plan.frozen_share,
+            {**run, "parts": parts} if ranks() > 1 else dict(run),
         )
 
-    def _hash(self, piece: Slice) -> str:
+    def _read(self, piece: Slice) -> Tensor:
         entries = piece.entries
         if entries is None:
             entries = torch.arange((self._weights.shape(piece.name) or (0,))[0])
-        return bytes_hash([self._weights.read(piece.name, piece.axis, entries)])
+        return self._weights.read(piece.name, piece.axis, entries)
 
-    def _moved_factors(self) -> list[Violation]:
-        """Adapter factors that should be zero where the neurons are."""
-        found = []
-        for hold in self._plan.holds:
-            if not hold.at_zero:
-                continue
-            values = hold.parameter.detach().cpu().index_select(hold.dim, hold.entries)
-            values = values if hold.dim == 0 else values.T.contiguous()
-            for entry, changed, gap in differences(torch.zeros_like(values), values):
-                index = int(hold.entries[entry])
-                found.append(Violation(hold.name, hold.site, hold.axis, index, changed, gap))
-        return found
+    def _base_hashes(self, piece: Slice, casts: bool) -> dict[str, str]:
+        values = self._read(piece)
+        dtypes = dict.fromkeys((values.dtype, *(_CAST_TO if casts else ())))
+        return {str(d).removeprefix("torch."): bytes_hash([values.to(d)]) for d in dtypes}
+
+
+def _moved_factors(plan: Plan) -> list[Violation]:
+    """Adapter factors that should be zero where the neurons are."""
+    found = []
+    for hold in plan.holds:
+        if not hold.at_zero:
+            continue
+        values = read(hold.parameter, hold.axis, hold.entries).cpu()
+        for entry, changed, gap in differences(torch.zeros_like(values), values):
+            index = int(hold.entries[entry])
+            found.append(Violation(hold.name, hold.site, hold.axis, index, changed, gap))
+    return found
 
 
 def demand_exact(certificate: Certificate, when: str) -> None:
@@ -95,12 +136,3 @@ def demand_exact(certificate: Certificate, when: str) -> None:
             "weights, or a checkpoint from before they were frozen (load_best_model_at_end). Do "
             "not use this model as one whose safety neurons were kept."
         )
-
-
-def _ranks_that_disagree(hashes: list[str]) -> list[int]:
-    """Ranks whose frozen slices differ from rank 0's; under DDP all must agree."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, hashes)
-    return [rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safeft.errors import ArtefactError
 from safeft.freeze.adapters import check_adapter_settings
-from safeft.sites import Axis
+from safeft.shards import Axis
 from safeft.weights import CheckpointWeights, Weights
 
 _PREFIX = "base_model.model."

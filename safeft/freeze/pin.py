@@ -1,10 +1,11 @@
-"""Mask and pin: what keeps held slices where they are, one process or DDP.
+"""Mask and pin: what keeps held slices where they are, under every engine.
 
 The gradient mask keeps clipping and moments clean; the pin, after each optimizer step, makes it
 exact: weight decay and stale moments move weights whose gradient is zero.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,61 +13,92 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from safeft.errors import FreezeError
-from safeft.freeze.plan import Hold, Plan
+from safeft.freeze.certificate import bytes_hash
+from safeft.freeze.plan import Hold
+from safeft.processes import broadcast, ranks, summed
+from safeft.shards import Block, Shard, copies, keeper, live, master, moments, read
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """The held entries inside one block that this process stores."""
+
+    open: Callable[[], Tensor]
+    dim: int
+    local: Tensor
+    kept: Tensor | None
+    """In the block's own orientation; None where the entries are held at zero."""
+
+    def now(self) -> Tensor:
+        return self.open().detach().index_select(self.dim, self.local)
+
+    def put_back(self) -> None:
+        if self.kept is None:
+            self.open().index_fill_(self.dim, self.local, 0)
+        else:
+            self.open().index_copy_(self.dim, self.local, self.kept)
+
+    def moved(self) -> bool:
+        now = self.now()
+        if self.kept is None:
+            return bool(now.any())
+        return not torch.equal(_bytes(now), _bytes(self.kept))
+
+    def drift(self) -> Tensor:
+        now = self.now()
+        gap = now if self.kept is None else now - self.kept
+        return gap.abs().max().float()
 
 
 class Pin:
     """Holds a plan's slices during training. Only the slices are stored, never a dense mask.
 
-    The mask is a post-accumulate hook that zeroes the held rows or columns of ``.grad`` in place:
-    it runs inside the accumulation node, so before DDP reduces the gradient, costs no memory, and
-    clipping never sees what it removed. Take the snapshot while the model holds the base weights.
+    The mask of a plain or DTensor parameter is a post-accumulate hook that zeroes the held rows or
+    columns of ``.grad`` in place: it runs inside the accumulation node, so before DDP reduces the
+    gradient, and after FSDP2 has; a tensor hook would never fire there. DeepSpeed reduces in such
+    a hook of its own, so under it the mask is a tensor hook, which comes before. Clipping never
+    sees what was removed.
+
+    Make it while the model holds the base weights. Process 0's are the ones that count.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._holds = plan.holds
-        self._entries = [hold.entries.to(hold.parameter.device) for hold in plan.holds]
-        self._kept = [self._snapshot(hold) for hold in plan.holds]
+    def __init__(self, holds: Sequence[Hold]) -> None:
+        self._holds = list(holds)
+        self._base: list[Tensor | None] | None = [_snapshot(hold) for hold in holds]
+        self._pieces: list[list[_Piece]] = [[] for _ in holds]
+        self._optimizer: torch.optim.Optimizer | None = None
         self._handles: list[RemovableHandle] = []
         self._removed: list[Tensor] = []
         self._drifts: list[Tensor] = []
-        self.fired = [0] * len(plan.holds)
+        self._stepped: set[int] = set()
+        self.fired = [0] * len(self._holds)
         self.pins = 0
         self.measuring = False
 
-    @staticmethod
-    @torch.no_grad()
-    def _snapshot(hold: Hold) -> Tensor | None:
-        if hold.at_zero:
-            return None
-        parameter = hold.parameter
-        return parameter.detach().index_select(hold.dim, hold.entries.to(parameter.device))
-
-    def install(self, optimizer: torch.optim.Optimizer) -> int:
+    def install(self, optimizer: torch.optim.Optimizer, holds: Sequence[Hold] | None = None) -> int:
         """Register the masks and the pin; put the slices right and clear their moments at once.
+
+        Args:
+            optimizer: The one that really steps.
+            holds: The same holds on the parameters that are being trained now, where an engine
+                has put others in the place of the model's.
 
         Returns:
             How many held slices were not where the snapshot has them (after loading a checkpoint).
 
         Raises:
-            FreezeError: A parameter was cast to another dtype since the snapshot was taken.
+            FreezeError: A parameter was cast to another dtype since the snapshot was taken, or
+                a held slice is stored in no process.
         """
         self.remove()
-        self._check_dtypes()
-        self._entries = [hold.entries.to(hold.parameter.device) for hold in self._holds]
-        self._kept = [
-            kept if kept is None else kept.to(hold.parameter.device)
-            for hold, kept in zip(self._holds, self._kept, strict=True)
-        ]
-        moved = self._moved()
-        self.pin()
+        self._holds = self._holds if holds is None else list(holds)
+        moved = self._place() if self._base is not None else self._place_again()
         self._clear_moments(optimizer)
-        self.fired, self.pins = [0] * len(self._holds), 0
+        self._optimizer = optimizer
+        self.fired, self.pins, self._stepped = [0] * len(self._holds), 0, set()
         for number, hold in enumerate(self._holds):
-            if not hold.parameter.requires_grad:
-                continue
-            hook = self._mask(number)
-            self._handles.append(hold.parameter.register_post_accumulate_grad_hook(hook))
+            if hold.parameter.requires_grad:
+                self._handles.append(self._register(number, hold))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return moved
 
@@ -76,68 +108,139 @@ class Pin:
             handle.remove()
         self._handles.clear()
 
-    def _check_dtypes(self) -> None:
-        for hold, kept in zip(self._holds, self._kept, strict=True):
-            if kept is not None and kept.dtype != hold.parameter.dtype:
+    @torch.no_grad()
+    def _place(self) -> int:
+        """Cut the base to what is stored here, write it everywhere, and keep what is pinned."""
+        assert self._base is not None
+        tally = torch.zeros(len(self._holds), 3, dtype=torch.int64)
+        for number, (hold, base) in enumerate(zip(self._holds, self._base, strict=True)):
+            stored = copies(hold.parameter)
+            if base is not None:
+                _check_dtype(hold, base.dtype)
+                # What the model computes with is the base in its own dtype; ZeRO's master is that.
+                base = broadcast(base).to(stored[0].dtype)
+            for shard in stored:
+                self._pieces[number] = list(_cut(hold, shard, base))
+                tally[number, 0] += sum(piece.moved() for piece in self._pieces[number])
+                for piece in self._pieces[number]:
+                    piece.put_back()
+            tally[number, 1] = _weights(hold, stored[0])
+            tally[number, 2] = _weights(hold, stored[-1])
+        self._base = None
+        tally = summed(tally)
+        for hold, *found in zip(self._holds, *tally[:, 1:].T.tolist(), strict=True):
+            shape = live(hold.parameter).shape
+            wanted = len(hold.entries) * shape[1 - hold.dim]
+            if found != [wanted, wanted]:
                 raise FreezeError(
-                    f"{hold.name} was cast from {kept.dtype} to {hold.parameter.dtype} after the "
-                    "trainer was built (an evaluation with bf16_full_eval does that), which "
-                    "changed the frozen weights. Cast the model before constructing the trainer."
+                    f"{hold.name}: of the {wanted} weights to hold, {found[0]} are stored and "
+                    f"{found[1]} are stepped on in the {ranks()} processes of this run, so some "
+                    "would be trained unseen. Layers may be spread over processes (pipeline "
+                    "parallelism), or groups of processes may hold models of their own. Use DDP, "
+                    "FSDP2 or DeepSpeed ZeRO."
                 )
+        return int((tally[:, 0] > 0).sum())
 
-    def _moved(self) -> int:
-        return sum(
-            not torch.equal(kept, hold.parameter.detach().index_select(hold.dim, entries))
-            if kept is not None
-            else bool(hold.parameter.detach().index_select(hold.dim, entries).any())
-            for hold, entries, kept in zip(self._holds, self._entries, self._kept, strict=True)
-        )
+    @torch.no_grad()
+    def _place_again(self) -> int:
+        """A second ``train()``: only what was kept of this process's part is there to compare."""
+        moved = torch.zeros(len(self._holds), dtype=torch.int64)
+        for number, (hold, pieces) in enumerate(zip(self._holds, self._pieces, strict=True)):
+            again = list(_cut(hold, master(hold.parameter), None))
+            if [len(piece.local) for piece in again] != [len(piece.local) for piece in pieces]:
+                raise FreezeError(
+                    f"{hold.name} lies otherwise over the processes than in this trainer's first "
+                    "training, and only the first one's slices were kept. Build a new trainer."
+                )
+            for place, (new, old) in enumerate(zip(again, pieces, strict=True)):
+                kept = old.kept
+                if kept is not None:
+                    _check_dtype(hold, kept.dtype)
+                    kept = kept.to(new.open().device)
+                pieces[place] = _Piece(new.open, new.dim, new.local, kept)
+                moved[number] += pieces[place].moved()
+                pieces[place].put_back()
+        return int((summed(moved) > 0).sum())
 
-    def _mask(self, number: int) -> Callable[[Tensor], None]:
-        dim, entries = self._holds[number].dim, self._entries[number]
+    def _register(self, number: int, hold: Hold) -> RemovableHandle:
+        parameter, entries = hold.parameter, hold.entries.to(hold.parameter.device)
+        if keeper(parameter) == "zero":
+            return parameter.register_hook(self._tensor_mask(number, hold.dim, entries))
+        if keeper(parameter) == "plain":
+            return parameter.register_post_accumulate_grad_hook(
+                self._mask(number, hold.dim, entries)
+            )
+        pieces = list(_cut(hold, live(parameter), None))
+        local = pieces[0].local if pieces else entries[:0]
+        return parameter.register_post_accumulate_grad_hook(self._mask(number, hold.dim, local))
 
-        def hook(parameter: Tensor) -> None:
+    def _mask(self, number: int, dim: int, entries: Tensor) -> Callable[[Tensor], None]:
+        def hook(parameter: Any) -> None:
             self.fired[number] += 1
             gradient = parameter.grad
             assert gradient is not None
+            if keeper(gradient) == "dtensor":
+                if gradient.placements != parameter.placements:
+                    raise FreezeError(
+                        f"The gradient of {self._holds[number].name} is placed as "
+                        f"{gradient.placements} and the parameter as {parameter.placements}, so "
+                        "its rows are not the parameter's. This mix of parallelism is not "
+                        "supported; use FSDP2 alone."
+                    )
+                gradient = gradient._local_tensor
+            if not len(entries):
+                return
             if self.measuring:
                 self._removed.append(gradient.index_select(dim, entries).float().square().sum())
             gradient.index_fill_(dim, entries, 0)
 
         return hook
 
+    def _tensor_mask(self, number: int, dim: int, entries: Tensor) -> Callable[[Tensor], Tensor]:
+        def hook(gradient: Tensor) -> Tensor:
+            self.fired[number] += 1
+            if self.measuring:
+                self._removed.append(gradient.index_select(dim, entries).float().square().sum())
+            return gradient.index_fill(dim, entries.to(gradient.device), 0)
+
+        return hook
+
+    @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        stepped = list(self._just_stepped())
         if self.measuring:
-            self._drifts += [
-                self._drift(h, e, k)
-                for h, e, k in zip(self._holds, self._entries, self._kept, strict=True)
-            ]
-        self.pin()
+            self._drifts += [piece.drift() for _, piece in stepped if len(piece.local)]
+        for number, piece in stepped:
+            piece.put_back()
+            self._stepped.add(number)
         self.pins += 1
 
-    @staticmethod
-    @torch.no_grad()
-    def _drift(hold: Hold, entries: Tensor, kept: Tensor | None) -> Tensor:
-        now = hold.parameter.detach().index_select(hold.dim, entries)
-        return (now if kept is None else now - kept).abs().max().float()
+    def _just_stepped(self) -> Iterator[tuple[int, _Piece]]:
+        """ZeRO steps one flat group after the other: pin what lies in this one."""
+        flat: set[int] | None = None
+        if self._holds and keeper(self._holds[0].parameter) == "zero":
+            assert self._optimizer is not None
+            groups = self._optimizer.param_groups
+            flat = {p.untyped_storage().data_ptr() for g in groups for p in g["params"]}
+        for number, pieces in enumerate(self._pieces):
+            for piece in pieces:
+                if flat is None or piece.open().untyped_storage().data_ptr() in flat:
+                    yield number, piece
 
     @torch.no_grad()
     def pin(self) -> None:
         """Put every held slice back to where it was."""
-        for hold, entries, kept in zip(self._holds, self._entries, self._kept, strict=True):
-            if kept is None:
-                hold.parameter.index_fill_(hold.dim, entries, 0)
-            else:
-                hold.parameter.index_copy_(hold.dim, entries, kept)
+        for pieces in self._pieces:
+            for piece in pieces:
+                piece.put_back()
 
     @torch.no_grad()
     def _clear_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """A moment gathered before a slice was frozen would go on pushing it at every step."""
-        for hold, entries in zip(self._holds, self._entries, strict=True):
-            for value in optimizer.state.get(hold.parameter, {}).values():
-                # Quantised states are tensor subclasses without index_fill; the pin covers them.
-                if type(value) is Tensor and value.shape == hold.parameter.shape:
-                    value.index_fill_(hold.dim, entries, 0)
+        for hold in self._holds:
+            for shard in moments(hold.parameter, optimizer):
+                for piece in _cut(hold, shard, None):
+                    piece.put_back()
 
     def check_fired(self) -> None:
         """After a backward pass: every parameter that got a gradient was masked.
@@ -151,7 +254,9 @@ class Pin:
             if hold.parameter.requires_grad
         ]
         for hold, count in masked:
-            if hold.parameter.grad is not None and count == 0:
+            # DeepSpeed has stepped and dropped its gradients before anybody can look.
+            expected = hold.parameter.grad is not None or keeper(hold.parameter) == "zero"
+            if expected and count == 0:
                 raise FreezeError(
                     f"The gradient mask of {hold.name} did not fire in the first step although the "
                     "parameter has a gradient: something replaced the parameter or its hooks after "
@@ -164,17 +269,113 @@ class Pin:
                 "being trained. The neurons would not be frozen, so training stops here."
             )
 
+    def check_pinned(self) -> None:
+        """After an optimizer step: everything held in this process was put back.
+
+        Raises:
+            FreezeError: The pin did not fire, or not for some parameter.
+        """
+        if self.pins == 0:
+            raise FreezeError(
+                "The optimizer stepped and the pin did not fire: this optimizer does not step "
+                "as torch's do, and weight decay would move the neurons. Use adamw_torch."
+            )
+        for number, (hold, pieces) in enumerate(zip(self._holds, self._pieces, strict=True)):
+            if pieces and number not in self._stepped:
+                raise FreezeError(
+                    f"The optimizer stepped and {hold.name} was not pinned: the engine steps on a "
+                    "copy of it that safeft did not see, and weight decay would move the neurons."
+                )
+
+    def report(self) -> dict[str, Any]:
+        """What this process stores of the held slices, and whether each bit is where it was."""
+        pieces = [piece for pieces in self._pieces for piece in pieces if len(piece.local)]
+        values = [piece.now() for piece in pieces]
+        return {
+            "weights": sum(value.numel() for value in values),
+            "sha256": bytes_hash(values),
+            "exact": not any(piece.moved() for piece in pieces),
+        }
+
     def measured(self) -> dict[str, float]:
         """Gradient norm removed and largest drift before the pin since the last call; then resets.
 
-        The norm is over this process's micro-batches: under accumulation the root of the sum of
-        their squares.
+        The norm is the root of the sum of squares over all micro-batches of all processes.
         """
-        removed = torch.stack([r.cpu() for r in self._removed]).sum().sqrt() if self._removed else 0
-        drift = torch.stack([d.cpu() for d in self._drifts]).max() if self._drifts else 0
+        removed = sum(float(r) for r in self._removed)
+        drift = max((float(d) for d in self._drifts), default=0.0)
         self._removed.clear()
         self._drifts.clear()
-        return {
-            "safeft/grad_norm_removed": float(removed),
-            "safeft/max_drift_before_pin": float(drift),
-        }
+        if ranks() > 1:
+            parts = torch.zeros(ranks(), 2, dtype=torch.float64)
+            parts[torch.distributed.get_rank()] = torch.tensor([removed, drift])
+            parts = summed(parts)
+            removed, drift = float(parts[:, 0].sum()), float(parts[:, 1].max())
+        return {"safeft/grad_norm_removed": removed**0.5, "safeft/max_drift_before_pin": drift}
+
+
+def _snapshot(hold: Hold) -> Tensor | None:
+    """The held slices whole, in the parameter's own orientation."""
+    if hold.at_zero:
+        return None
+    if hold.parameter.is_meta:  # FSDP loads weights in one process only, and sends them around
+        shape = list(live(hold.parameter).shape)
+        shape[hold.dim] = len(hold.entries)
+        whole = torch.empty(shape, dtype=hold.parameter.dtype)
+        return whole if hold.parameter.ndim > 1 else whole[:, 0]
+    values = read(hold.parameter, hold.axis, hold.entries)
+    return values if hold.dim == 0 else values.T.contiguous()
+
+
+def _check_dtype(hold: Hold, kept: torch.dtype) -> None:
+    """FSDP and DeepSpeed cast as they shard, which is foreseen; nobody else should."""
+    if kept != hold.parameter.dtype and keeper(hold.parameter) == "plain":
+        raise FreezeError(
+            f"{hold.name} was cast from {kept} to {hold.parameter.dtype} after the "
+            "trainer was built (an evaluation with bf16_full_eval does that), which "
+            "changed the frozen weights. Cast the model before constructing the trainer."
+        )
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
+
+
+def _weights(hold: Hold, shard: Shard) -> int:
+    """Number of held weights in this process, replicas left out."""
+    if not shard.counts:
+        return 0
+    found = 0
+    for block in shard.blocks:
+        _, local = block.inside(hold.axis, hold.entries)
+        first, last = block.across(hold.axis)
+        found += len(local) * (last - first)
+    return found
+
+
+def _cut(hold: Hold, shard: Shard, base: Tensor | None) -> Iterator[_Piece]:
+    """The held entries in each block; ``base`` in the parameter's orientation, None for zero."""
+    for block in shard.blocks:
+        found, local = block.inside(hold.axis, hold.entries)
+        if not len(found):
+            continue
+        device = block.open().device
+        yield _Piece(block.open, hold.dim, local.to(device), _part(hold, block, base, found))
+
+
+def _part(hold: Hold, block: Block, base: Tensor | None, found: Tensor) -> Tensor | None:
+    if base is None:
+        return None
+    now = block.open()
+    if len(found) == len(hold.entries):
+        part = base
+    else:
+        part = base.index_select(hold.dim, found.to(base.device))
+    if part.ndim > 1:
+        first, last = block.across(hold.axis)
+        if last - first != part.shape[1 - hold.dim]:
+            part = part.narrow(1 - hold.dim, first, last - first)
+    elif now.ndim > 1:
+        part = part[:, None]
+    # A view would keep the whole base alive.
+    return part.to(now.device, now.dtype, copy=part is not base and part._is_view())

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from safeft.errors import ConfigError, FreezeError
 from safeft.freeze.adapters import is_factor, learning_factors, lora_factors, zero_axis
 from safeft.neurons import NeuronSet
-from safeft.sites import Axis, Site, dense, find_sites, plain_model
+from safeft.shards import Axis, shape_of
+from safeft.sites import Site, bare, dense, find_sites, plain_model, plain_name
 from safeft.weights import ModelWeights, part_tensors
 
 Mode: TypeAlias = Literal["freeze", "train_only"]
@@ -127,12 +128,18 @@ def make_plan(
     for name in neurons.indices:
         _hold_site(plain, sites[name], neurons.units_of(name), mode, draft)
     if mode == "train_only":
-        whole = {n: p for n, p in plain.named_parameters() if id(p) not in draft.free}
+        whole = {
+            plain_name(name): parameter
+            for name, parameter in plain.named_parameters()
+            if id(parameter) not in draft.free
+        }
     else:
         whole = group_parameters(plain, hold)
     _hold_whole(whole, draft)
     weights = ModelWeights(plain)
-    total = sum(p.numel() for n, p in plain.named_parameters() if not is_factor(n))
+    total = sum(
+        torch.Size(shape_of(p)).numel() for n, p in plain.named_parameters() if not is_factor(n)
+    )
     held = sum(_size(weights, piece) for piece in draft.slices)
     still = tuple((n, p) for n, p in whole.items() if p.requires_grad)
     return Plan(mode, tuple(draft.slices), tuple(draft.holds), still, held, total)
@@ -175,7 +182,7 @@ def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
     for name, parameter in whole.items():
         axis = zero_axis(name)
         if axis is not None and parameter.requires_grad:
-            entries = torch.arange(parameter.shape[0 if axis == "rows" else 1])
+            entries = torch.arange(shape_of(parameter)[0 if axis == "rows" else 1])
             draft.holds.append(Hold(name, parameter, axis, entries, True, ""))
 
 
@@ -185,7 +192,7 @@ def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.
 
     def add(prefix: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(prefix):
-            members[id(parameter)] = (name, parameter)
+            members[id(parameter)] = (plain_name(name), parameter)
 
     paths = {id(module): path for path, module in plain.named_modules()}
     for group, side in (("embeddings", "input"), ("head", "output")):
@@ -195,9 +202,10 @@ def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.
     for path, module in plain.named_modules():
         if "norms" in hold and "norm" in type(module).__name__.lower():
             add(path, module)
+        module = bare(module)
         bias = getattr(module, "bias", None)
         if "biases" in hold and isinstance(bias, nn.Parameter):
-            members[id(bias)] = (f"{path}.bias", bias)
+            members[id(bias)] = (plain_name(f"{path}.bias"), bias)
     return dict(members.values())
 
 

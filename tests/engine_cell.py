@@ -1,0 +1,37 @@
+"""One training of the engine matrix, as it is handed to the worker."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Attributes:
+        broken: ``pin``: nothing is put back. ``mask``: no hook is registered. ``mask_fill``: hooks
+            fire and change nothing.
+        set: Of tests/freezing.py; None trains without the callback.
+        resume: Checkpoint to resume from, below the launch's folder.
+        shape: Overrides of the tiny model.
+        engine: Overrides of the engine's configuration.
+        settings: Overrides of the training arguments.
+        hold: Groups held beside the neurons.
+        load: Load the model with `from_pretrained` while the engine is on, as scripts do: FSDP2
+            then loads in one process, ZeRO-3 partitions as it loads.
+        tamper: After training, change weights in one rank and certify again.
+    """
+
+    name: str
+    tuning: Literal["full", "lora"] = "full"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulation: int = 1
+    broken: Literal["", "pin", "mask", "mask_fill"] = ""
+    set: str | None = "large"
+    resume: str = ""
+    shape: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
+    hold: tuple[str, ...] = ()
+    load: bool = False
+    tamper: bool = False

@@ -1,0 +1,257 @@
+"""One rank of a real training under an engine: `torchrun engine_worker.py ENGINE FOLDER CELLS`.
+
+CELLS is a JSON list of the fields of tests/engine_cell.py; each rank writes what it saw to
+`FOLDER/CELL/rank<N>.json`. What is compared is what the run saved to disk, read by transformers
+and PEFT, against slices written down by hand in tests/freezing.py.
+"""
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)
+
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM, TrainerCallback, training_args  # noqa: E402
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
+
+from safeft.errors import SafeftError  # noqa: E402
+from safeft.freeze import pin as pin_module  # noqa: E402
+from tests import fsdp_on_cpu  # noqa: E402
+from tests.engine_cell import Cell  # noqa: E402
+from tests.freezing import (  # noqa: E402
+    LARGE,
+    SMALL,
+    arguments,
+    freeze,
+    frozen_entries,
+    lora,
+    model_of,
+    same_bits,
+    state_of,
+    trainer_of,
+)
+
+SETS = {"small": SMALL, "large": LARGE}
+
+
+class Watch(TrainerCallback):
+    """What the run itself says about its engine."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.seen: dict[str, Any] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        distributed = torch.distributed.is_initialized()
+        parameter = next(p for p in self.trainer.model.parameters() if p.requires_grad)
+        self.seen = {
+            "world_size": torch.distributed.get_world_size() if distributed else 1,
+            "distributed_type": str(self.trainer.accelerator.distributed_type.value),
+            "wrapper": type(self.trainer.model_wrapped).__name__,
+            "parameter": type(parameter.data).__name__,
+            "partitioned": hasattr(parameter, "ds_tensor"),
+            "backend": torch.distributed.get_backend() if distributed else None,
+        }
+
+
+def engine_settings(engine: str, cell: Cell, folder: Path) -> dict[str, Any]:
+    """Training arguments that ask for an engine."""
+    bf16 = cell.dtype == "bfloat16"
+    settings: dict[str, Any] = {"bf16": bf16}
+    if engine == "fsdp2":
+        config = {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "FULL_STATE_DICT",
+        }
+        settings |= {"fsdp": True, "fsdp_config": {**config, **(cell.engine or {})}}
+    elif engine.startswith("zero"):
+        zero = {"stage": int(engine[-1]), "stage3_gather_16bit_weights_on_model_save": True}
+        if engine == "zero3":
+            zero["stage3_param_persistence_threshold"] = 0
+        # As `accelerate launch` does. With use_cpu accelerate would leave DeepSpeed away, and
+        # without ddp_backend each process would believe to be alone; launches hide GPUs.
+        settings |= {"use_cpu": False, "ddp_backend": "gloo"}
+        config = {
+            "zero_optimization": {**zero, **(cell.engine or {})},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": bf16},
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        }
+        path = folder / f"zero{os.environ.get('RANK', '0')}.json"
+        path.write_text(json.dumps(config))
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+    return settings
+
+
+def broken(cell: Cell) -> ExitStack:
+    """safeft with one part taken out."""
+    stack = ExitStack()
+    if cell.broken == "pin":
+
+        def count(self: Any, *_: Any) -> None:
+            self._stepped |= set(range(len(self._holds)))
+            self.pins += 1
+
+        stack.enter_context(patch.object(pin_module.Pin, "_after_step", count))
+    elif cell.broken == "mask":
+
+        def none(self: Any, number: int, hold: Any) -> Any:
+            return torch.zeros(1, requires_grad=True).register_hook(lambda g: g)
+
+        stack.enter_context(patch.object(pin_module.Pin, "_register", none))
+    elif cell.broken == "mask_fill":
+
+        def mask(self: Any, number: int, dim: int, entries: Any) -> Any:
+            def hook(given: Any) -> Any:
+                self.fired[number] += 1
+
+            return hook
+
+        stack.enter_context(patch.object(pin_module.Pin, "_mask", mask))
+        stack.enter_context(patch.object(pin_module.Pin, "_tensor_mask", mask))
+    return stack
+
+
+def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
+    """Train one cell and say what came of it."""
+    dtype = getattr(torch, cell.dtype)
+    unset_hf_deepspeed_config()
+    model = model_of(dtype, **(cell.shape or {}))
+    base = state_of(model)
+    watch = Watch()
+    callbacks: list[Any] = [watch]
+    if cell.set is not None:
+        callbacks.insert(0, freeze(model, SETS[cell.set], hold=cell.hold))
+    home = folder / cell.name
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "gradient_accumulation_steps": cell.accumulation,
+        "learning_rate": 2e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        **engine_settings(engine, cell, home),
+        **(cell.settings or {}),
+    }
+    if cell.load:
+        model = loaded_again(model, home, settings)
+    report: dict[str, Any] = {"cell": asdict(cell), "error": None}
+    with broken(cell):
+        try:
+            trainer = trainer_of(
+                "Trainer",
+                model,
+                home / "run",
+                callbacks,
+                peft_config=lora() if cell.tuning == "lora" else None,
+                **settings,
+            )
+            watch.trainer = trainer
+            trainer.train(resume_from_checkpoint=str(folder / cell.resume) if cell.resume else None)
+            trainer.save_model(str(home / "tuned"))
+        except SafeftError as error:
+            report["error"] = f"{type(error).__name__}: {error}"
+            report |= watch.seen
+            return report
+    report |= watch.seen
+    logs = trainer.state.log_history
+    report["losses"] = [row["loss"] for row in logs if "loss" in row]
+    report["grad_norms"] = [float(row["grad_norm"]) for row in logs if "grad_norm" in row]
+    report["removed"] = [
+        row["safeft/grad_norm_removed"] for row in logs if "safeft/grad_norm_removed" in row
+    ]
+    if cell.set is not None:
+        report["run"] = dict(callbacks[0].certificate.run)
+        report["restored"] = callbacks[0]._restored
+        report["exact"] = callbacks[0].certificate.exact
+        if cell.tamper:
+            report |= tampered(callbacks[0], model, trainer.args.process_index)
+    if trainer.args.process_index == 0:
+        report |= compared(base, home / "tuned", cell)
+    return report
+
+
+def loaded_again(model: Any, home: Path, settings: dict[str, Any]) -> Any:
+    """The same weights, loaded from a folder while the engine is on."""
+    place = home / f"base{os.environ.get('RANK', '0')}"
+    model.save_pretrained(place)
+    engine_on = arguments(home / "run", **settings)  # transformers reads the engine off these
+    again = AutoModelForCausalLM.from_pretrained(place, dtype=model.dtype)
+    del engine_on
+    return again
+
+
+def tampered(callback: Any, model: Any, rank: int) -> dict[str, Any]:
+    """What certificates say after a change of something free, and of something held, in rank 1."""
+    certifier, parameters = callback._certifier, dict(model.named_parameters())
+    norm = next(p for name, p in parameters.items() if name.endswith("model.norm.weight"))
+    held = next(p for n, p in parameters.items() if "0.mlp.up_proj" in n and "lora" not in n)
+    if rank == 1:
+        with torch.no_grad():
+            norm.add_(1)
+    report = {"exact_after_free_change": certifier.certify({}).exact}
+    if rank == 1:
+        with torch.no_grad():
+            held[LARGE["model.layers.0.mlp"][0]].add_(1)
+    return report | {"violations": [str(v) for v in certifier.certify({}).violations]}
+
+
+def allow_bf16_on_cpu() -> None:
+    """transformers asks for a GPU unless `use_cpu`, with which accelerate leaves DeepSpeed away."""
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
+    """The saved model against the base, by hand."""
+    unset_hf_deepspeed_config()  # or rank 0 alone would wait for the others to load with it
+    if cell.tuning == "lora":  # PEFT saves the adapter alone
+        fresh = model_of(getattr(torch, cell.dtype), **(cell.shape or {}))
+        now = state_of(PeftModel.from_pretrained(fresh, str(tuned)))
+    else:
+        now = state_of(AutoModelForCausalLM.from_pretrained(tuned))
+    indices = SETS[cell.set] if cell.set else {}
+    masks = frozen_entries(base, indices, "freeze")
+    shares = {}
+    changed = 0
+    for name, mask in masks.items():
+        same = same_bits(base[name].to(now[name].dtype), now[name])
+        changed += int((~same & mask).sum())
+        trained = cell.tuning == "full" or "_proj" in name
+        trained &= not ("norms" in cell.hold and "norm" in name)
+        if trained and not mask.all() and name != "model.embed_tokens.weight":
+            shares[name] = float((~same)[~mask].float().mean())
+    return {
+        "dtype": str(next(iter(now.values())).dtype),
+        "frozen_changed": changed,
+        "frozen": int(sum(mask.sum() for mask in masks.values())),
+        "least_moved": min(shares.values()),
+    }
+
+
+def main(engine: str, folder: Path, cells: list[Cell]) -> None:
+    if engine == "fsdp2":
+        fsdp_on_cpu.allow()
+    if engine.startswith("zero"):
+        allow_bf16_on_cpu()
+    rank = int(os.environ.get("RANK", "0"))
+    for cell in cells:
+        (folder / cell.name).mkdir(parents=True, exist_ok=True)
+        report = train(engine, folder, cell)
+        (folder / cell.name / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), [Cell(**cell) for cell in json.loads(sys.argv[3])])
