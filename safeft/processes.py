@@ -19,6 +19,14 @@ class ProcessError(SafeftError, RuntimeError):
     """Another process of the same run failed a check, or found something else than this one."""
 
 
+def flat_bytes(values: Tensor) -> Tensor:
+    """A tensor's bytes, uint8 ``(bytes,)``: a view wherever that can be."""
+    flat = values.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one number alone keeps the stride it had in its matrix
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
 def ranks() -> int:
     """Number of processes that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -101,9 +109,9 @@ def broadcast(values: Tensor) -> Tensor:
     """Process 0's values in every process, bit for bit, on the device they came on."""
     if ranks() == 1:
         return values
-    sent = values.contiguous().to(talks_on(values.device))
-    dist.broadcast(sent.view(torch.uint8), 0)
-    return sent.to(values.device)
+    sent = flat_bytes(values).to(talks_on(values.device))
+    dist.broadcast(sent, 0)
+    return sent.to(values.device).view(values.dtype).view(values.shape)
 
 
 @torch.no_grad()

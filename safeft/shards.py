@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from safeft.errors import FreezeError
-from safeft.processes import rank, ranks, talks_on
+from safeft.processes import flat_bytes, rank, ranks, talks_on
 
 Axis: TypeAlias = Literal["rows", "columns"]
 
@@ -220,7 +220,7 @@ def read(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
             values = values.index_select(0 if axis == "rows" else 1, local.to(values.device))
             values = values if axis == "rows" else values.T
             whole[found.to(whole.device), first:last] = values.to(whole.device)
-    dist.all_reduce(whole.view(torch.uint8))
+    dist.all_reduce(flat_bytes(whole))
     return whole if len(shape_of(weight)) > 1 else whole[:, 0]
 
 

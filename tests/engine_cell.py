@@ -19,6 +19,9 @@ class Cell:
         hold: Groups held beside the neurons.
         load: Load the model with `from_pretrained` while the engine is on, as scripts do: FSDP2
             then loads in one process, ZeRO-3 partitions as it loads.
+        rank: Of LoRA.
+        targets: Modules of LoRA; by default all.
+        aside: Freeze a set that none of the trained weights belongs to.
         tamper: After training, change weights in one rank and certify again.
     """
 
@@ -35,3 +38,6 @@ class Cell:
     hold: tuple[str, ...] = ()
     load: bool = False
     tamper: bool = False
+    rank: int = 4
+    targets: tuple[str, ...] = ()
+    aside: bool = False

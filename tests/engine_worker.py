@@ -8,6 +8,7 @@ and PEFT, against slices written down by hand in tests/freezing.py.
 import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
 from peft import PeftModel  # noqa: E402
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 from transformers import AutoModelForCausalLM, TrainerCallback, training_args  # noqa: E402
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
 
@@ -59,6 +61,9 @@ class Watch(TrainerCallback):
             "wrapper": type(self.trainer.model_wrapped).__name__,
             "parameter": type(parameter.data).__name__,
             "partitioned": hasattr(parameter, "ds_tensor"),
+            "checkpoint_wrappers": sum(
+                "checkpoint_wrapped" in name for name, _ in self.trainer.model.named_parameters()
+            ),
             "backend": torch.distributed.get_backend() if distributed else None,
         }
 
@@ -128,6 +133,7 @@ def broken(cell: Cell) -> ExitStack:
 
 def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     """Train one cell and say what came of it."""
+    torch.manual_seed(0)  # adapters are drawn before the trainer seeds anything
     dtype = getattr(torch, cell.dtype)
     unset_hf_deepspeed_config()
     model = model_of(dtype, **(cell.shape or {}))
@@ -135,7 +141,8 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     watch = Watch()
     callbacks: list[Any] = [watch]
     if cell.set is not None:
-        callbacks.insert(0, freeze(model, SETS[cell.set], hold=cell.hold))
+        chosen = {"model.layers.0.mlp": (1, 7)} if cell.aside else SETS[cell.set]
+        callbacks.insert(0, freeze(model, chosen, hold=cell.hold))
     home = folder / cell.name
     settings: dict[str, Any] = {
         "max_steps": 3,
@@ -156,7 +163,7 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
                 model,
                 home / "run",
                 callbacks,
-                peft_config=lora() if cell.tuning == "lora" else None,
+                peft_config=adapter(cell) if cell.tuning == "lora" else None,
                 **settings,
             )
             watch.trainer = trainer
@@ -184,10 +191,20 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     return report
 
 
+def adapter(cell: Cell) -> Any:
+    """LoRA as the cell wants it."""
+    more = {"target_modules": list(cell.targets)} if cell.targets else {}
+    return lora(r=cell.rank, **more)
+
+
 def loaded_again(model: Any, home: Path, settings: dict[str, Any]) -> Any:
     """The same weights, loaded from a folder while the engine is on."""
-    place = home / f"base{os.environ.get('RANK', '0')}"
-    model.save_pretrained(place)
+    place, ready = home / "base", home / "base" / "ready"
+    if os.environ.get("RANK", "0") == "0":
+        model.save_pretrained(place)
+        ready.touch()
+    while not ready.exists():
+        time.sleep(0.05)
     engine_on = arguments(home / "run", **settings)  # transformers reads the engine off these
     again = AutoModelForCausalLM.from_pretrained(place, dtype=model.dtype)
     del engine_on
@@ -217,19 +234,26 @@ def allow_bf16_on_cpu() -> None:
 def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
     """The saved model against the base, by hand."""
     unset_hf_deepspeed_config()  # or rank 0 alone would wait for the others to load with it
-    if cell.tuning == "lora":  # PEFT saves the adapter alone
+    checkpoints = sorted(tuned.parent.glob("run/checkpoint-*/pytorch_model_fsdp_0"))
+    if not tuned.is_dir() and checkpoints:  # a sharded state dict is saved in torch's own format
+        whole = tuned.parent / "whole.pt"
+        dcp_to_torch_save(checkpoints[-1], whole)
+        now = torch.load(whole, weights_only=True)["model"]
+    elif cell.tuning == "lora":  # PEFT saves the adapter alone
         fresh = model_of(getattr(torch, cell.dtype), **(cell.shape or {}))
         now = state_of(PeftModel.from_pretrained(fresh, str(tuned)))
     else:
         now = state_of(AutoModelForCausalLM.from_pretrained(tuned))
     indices = SETS[cell.set] if cell.set else {}
+    if cell.aside:
+        indices = {}
     masks = frozen_entries(base, indices, "freeze")
     shares = {}
     changed = 0
     for name, mask in masks.items():
         same = same_bits(base[name].to(now[name].dtype), now[name])
         changed += int((~same & mask).sum())
-        trained = cell.tuning == "full" or "_proj" in name
+        trained = cell.tuning == "full" or any(t in name for t in cell.targets or ("_proj",))
         trained &= not ("norms" in cell.hold and "norm" in name)
         if trained and not mask.all() and name != "model.embed_tokens.weight":
             shares[name] = float((~same)[~mask].float().mean())

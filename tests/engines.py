@@ -94,7 +94,7 @@ def launch(
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{engine} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        raise RuntimeError(f"{engine} failed:\n{done.stdout[-2000:]}\n{done.stderr[-9000:]}")
     ranks = 1 if engine == "single" else processes
     return {
         cell.name: [

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def allow() -> None:
@@ -19,3 +20,4 @@ def allow() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = patched
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pinned memory wants an accelerator

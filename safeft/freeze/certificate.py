@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from safeft.files import write_whole
 from safeft.neurons import NeuronSet
+from safeft.processes import flat_bytes
 
 CERTIFICATE_NAME = "safeft_certificate.json"
 SCHEMA_VERSION = 1
@@ -114,15 +114,14 @@ def describe_set(neurons: NeuronSet) -> dict[str, Any]:
 
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes, ``(..., itemsize)`` uint8: equal only where every bit is."""
-    contiguous = tensor.detach().contiguous().cpu()
-    return contiguous.reshape(*contiguous.shape, 1).view(torch.uint8)
+    return flat_bytes(tensor.cpu()).view(*tensor.shape, tensor.element_size())
 
 
 def bytes_hash(tensors: Iterable[Tensor]) -> str:
     """SHA-256 over the bytes of tensors in turn."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(bits(tensor).numpy().data)
+        digest.update(flat_bytes(tensor.cpu()).numpy().data)
     return digest.hexdigest()
 
 
