@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from safeft.processes import gathered, rank, ranks
 from safeft.progress import progress
 from safeft.prompts import Prompt, pad, pad_token, prompt_tokens
 
@@ -35,19 +36,25 @@ def generate_tokens(
     max_length: int = 1024,
     chat_template: str | None = None,
     description: str = "generating",
+    share: bool = False,
 ) -> list[list[int]]:
     """The model's own greedy answers as token numbers, up to and without the padding.
 
-    Greedy means greedy: a repetition penalty in the checkpoint's generation settings is not used.
+    With ``share`` every process of the run calls this, takes each so-manieth batch, and gets all
+    answers. Greedy means greedy: a repetition penalty in the checkpoint's generation settings is
+    not used.
     """
     rendered = [prompt_tokens(tokenizer, p, chat_template)[-max_length:] for p in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(rendered[index]))
     padding = pad_token(tokenizer)
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: dict[int, list[int]] = {}
+    every, first = (ranks(), rank()) if share else (1, 0)
     was_training = model.training
     model.eval()
     try:
         for start in progress(range(0, len(order), batch_size), description):
+            if start // batch_size % every != first:
+                continue
             chosen = order[start : start + batch_size]
             batch = pad([(rendered[i], []) for i in chosen], padding, True, 1, model.device)
             output = model.generate(  # pyright: ignore[reportCallIssue]
@@ -63,4 +70,6 @@ def generate_tokens(
                 answers[index] = [token for token in ids if token != padding]
     finally:
         model.train(was_training)
-    return answers
+    parts = gathered(answers) if every > 1 else [answers]
+    found = {index: ids for part in parts for index, ids in part.items()}
+    return [found[index] for index in range(len(prompts))]

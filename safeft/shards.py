@@ -91,6 +91,11 @@ def keeper(weight: Tensor) -> Keeper:
     return "zero" if zero else "plain"
 
 
+def is_split(weight: Tensor) -> bool:
+    """Whether other processes hold the rest of a weight."""
+    return hasattr(weight, "ds_tensor") or _is_dtensor(weight)
+
+
 def live(weight: Tensor) -> Shard:
     """Where the model's own weight is stored: what it computes with.
 
@@ -205,7 +210,7 @@ def read(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
     Returns:
         ``(entries, ...)``, a copy; on the weight's device, or wherever processes talk.
     """
-    if not hasattr(weight, "ds_tensor") and not _is_dtensor(weight):
+    if not is_split(weight):
         entries = entries.to(weight.device)
         picked = weight.detach().index_select(0 if axis == "rows" else 1, entries)
         return picked if axis == "rows" else picked.T.contiguous()

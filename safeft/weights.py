@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safeft.errors import ArtefactError
-from safeft.shards import Axis, read, shape_of
+from safeft.shards import Axis, is_split, read, shape_of
 from safeft.sites import Part, Site, dense, plain_model, plain_name
 
 _BLOCK_BYTES = 64 * 2**20
@@ -50,9 +50,13 @@ class ModelWeights:
     def _find(self, name: str) -> Tensor | None:
         path, _, leaf = name.rpartition(".")
         try:
-            found = getattr(dense(self._model.get_submodule(path)), leaf, None)
+            module = dense(self._model.get_submodule(path))
         except AttributeError:
             return None
+        found = getattr(module, leaf, None)
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if isinstance(found, Tensor) and found.is_meta and offloaded is not None:
+            return offloaded[leaf]  # accelerate keeps it on the CPU or on disk between uses
         return found if isinstance(found, Tensor) else None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -67,6 +71,16 @@ class ModelWeights:
             raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
         _check_bounds(name, shape_of(found), axis, entries)
         return read(found, axis, entries).cpu()
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """All of a weight, detached, on the device it lives on; gathered where it is sharded."""
+        found = self._find(name)
+        if found is None:
+            raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
+        if not is_split(found):
+            return found.detach()
+        return read(found, "rows", torch.arange(shape_of(found)[0]))
 
     def names(self) -> list[str]:
         """See :class:`Weights`."""
@@ -157,6 +171,74 @@ class CheckpointWeights:
         step = max(1, _BLOCK_BYTES // (4 * max(1, torch.Size(rest).numel())))
         for first in range(0, rows, step):
             yield weight[first : first + step]
+
+
+class DistributedCheckpointWeights:
+    """Weights of a checkpoint in torch's distributed format (``pytorch_model_fsdp_0``).
+
+    One weight at a time is put together from its shards; the last one read is kept, since its rows
+    and bias are asked for in turn. Needs no process group. The format's index is a pickle: read
+    only what you would run.
+
+    Raises:
+        ArtefactError: The folder is not in that format, or is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        self.folder = Path(folder)
+        try:
+            found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
+        except Exception as error:  # The reader unpickles; a damaged file fails in many ways.
+            raise ArtefactError(
+                f"{str(self.folder)!r} is no distributed checkpoint ({type(error).__name__}: "
+                f"{error}). It was not written to its end, or is damaged; save it again."
+            ) from error
+        # accelerate puts the model's state dict under the key "model".
+        self._names = {name.removeprefix("model."): name for name in found}
+        self._found: dict[str, Any] = dict(found)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._last = None
+
+    def names(self) -> list[str]:
+        """See :class:`Weights`."""
+        return sorted(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """See :class:`Weights`."""
+        stored = self._found.get(self._names.get(name, ""))
+        return None if stored is None else tuple(stored.size)
+
+    def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
+        """See :class:`Weights`."""
+        shape = self.shape(name)
+        if shape is None:
+            raise ArtefactError(f"{str(self.folder)!r} has no weight {name!r}.")
+        _check_bounds(name, shape, axis, entries)
+        return take(self._whole(name), axis, entries)
+
+    def _whole(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            from torch.distributed.checkpoint import FileSystemReader, load
+
+            stored = self._found[self._names[name]]
+            weight = torch.empty(stored.size, dtype=stored.properties.dtype)
+            try:
+                reader = FileSystemReader(self.folder)
+                load({self._names[name]: weight}, storage_reader=reader, no_dist=True)
+            except Exception as error:
+                raise ArtefactError(
+                    f"{str(self.folder)!r}: {name!r} cannot be read ({type(error).__name__}: "
+                    f"{error}). A shard is missing, truncated or damaged."
+                ) from error
+            self._last = (name, weight)
+        return self._last[1]
 
 
 def take(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:

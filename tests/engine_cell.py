@@ -12,7 +12,8 @@ class Cell:
         broken: ``pin``: nothing is put back. ``mask``: no hook is registered. ``mask_fill``: hooks
             fire and change nothing.
         set: Of tests/freezing.py; None trains without the callback.
-        resume: Checkpoint to resume from, below the launch's folder.
+        resume: Checkpoint to resume from, below the launch's folder; ``CELL/run last`` takes the
+            newest whole one there, as ``--resume_from_checkpoint last`` does.
         shape: Overrides of the tiny model.
         engine: Overrides of the engine's configuration.
         settings: Overrides of the training arguments.
@@ -22,6 +23,7 @@ class Cell:
         rank: Of LoRA.
         targets: Modules of LoRA; by default all.
         aside: Freeze a set that none of the trained weights belongs to.
+        kill: ("between" or "within" saves, at which step, which rank or -1 for all): SIGKILL.
         tamper: After training, change weights in one rank and certify again.
     """
 
@@ -41,3 +43,4 @@ class Cell:
     rank: int = 4
     targets: tuple[str, ...] = ()
     aside: bool = False
+    kill: tuple[str, int, int] | None = None

@@ -7,6 +7,7 @@ and PEFT, against slices written down by hand in tests/freezing.py.
 
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noq
 
 from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze import pin as pin_module  # noqa: E402
+from safeft.freeze.resume import last_complete  # noqa: E402
 from tests import fsdp_on_cpu  # noqa: E402
 from tests.engine_cell import Cell  # noqa: E402
 from tests.freezing import (  # noqa: E402
@@ -66,6 +68,43 @@ class Watch(TrainerCallback):
             ),
             "backend": torch.distributed.get_backend() if distributed else None,
         }
+
+
+class Killer(TrainerCallback):
+    """SIGKILL, the way a cluster takes a node: after a step, or in the middle of a save."""
+
+    def __init__(self, when: str, step: int, rank: int) -> None:
+        self.when, self.step = when, step
+        self.mine = rank in (-1, int(os.environ.get("RANK", "0")))
+
+    def strike(self) -> None:
+        if self.mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(30)  # the launcher ends the others; none may get further than this
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.when == "between" and state.global_step == self.step:
+            self.strike()
+
+    def within(self, trainer: Any) -> Any:
+        """The trainer's save, cut off after the weights and half of the optimizer's file."""
+        save = trainer._save_optimizer_and_scheduler
+
+        def cut(folder: str) -> None:
+            if trainer.state.global_step == self.step:
+                (Path(folder) / "optimizer.pt").write_bytes(b"PK half of an archive")
+                self.strike()
+            save(folder)
+
+        trainer._save_optimizer_and_scheduler = cut
+
+
+def resume_of(cell: Cell, folder: Path) -> str | None:
+    """The path to resume from."""
+    place, _, last = cell.resume.partition(" ")
+    if not place:
+        return None
+    return str(last_complete(folder / place) if last else folder / place)
 
 
 def engine_settings(engine: str, cell: Cell, folder: Path) -> dict[str, Any]:
@@ -167,7 +206,13 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
                 **settings,
             )
             watch.trainer = trainer
-            trainer.train(resume_from_checkpoint=str(folder / cell.resume) if cell.resume else None)
+            if cell.kill is not None:
+                killer = Killer(*cell.kill)
+                trainer.add_callback(killer)
+                if killer.when == "within":
+                    killer.within(trainer)
+            report["resumed_from"] = resume_of(cell, folder)
+            trainer.train(resume_from_checkpoint=report["resumed_from"])
             trainer.save_model(str(home / "tuned"))
         except SafeftError as error:
             report["error"] = f"{type(error).__name__}: {error}"
@@ -275,6 +320,9 @@ def main(engine: str, folder: Path, cells: list[Cell]) -> None:
         (folder / cell.name).mkdir(parents=True, exist_ok=True)
         report = train(engine, folder, cell)
         (folder / cell.name / f"rank{rank}.json").write_text(json.dumps(report))
+    if torch.distributed.is_initialized():  # or gloo's threads may abort at the very end
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

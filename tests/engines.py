@@ -82,17 +82,7 @@ def launch(
     Returns:
         Per cell every rank's report, in order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    given = json.dumps([asdict(cell) for cell in cells])
-    start = [sys.executable] if engine == "single" else torchrun(processes)
-    done = subprocess.run(
-        [*start, str(WORKER), engine, str(folder), given],
-        env=environment(engine),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    done = start(engine, folder, cells, processes, timeout)
     if done.returncode:
         raise RuntimeError(f"{engine} failed:\n{done.stdout[-2000:]}\n{done.stderr[-9000:]}")
     ranks = 1 if engine == "single" else processes
@@ -103,3 +93,20 @@ def launch(
         ]
         for cell in cells
     }
+
+
+def start(
+    engine: str, folder: Path, cells: Sequence[Cell], processes: int = 2, timeout: int = 420
+) -> subprocess.CompletedProcess[str]:
+    """Run the worker on the cells, and come back when all processes have ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given = json.dumps([asdict(cell) for cell in cells])
+    first = [sys.executable] if engine == "single" else torchrun(processes)
+    return subprocess.run(
+        [*first, str(WORKER), engine, str(folder), given],
+        env=environment(engine),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

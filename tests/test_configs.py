@@ -1,16 +1,23 @@
 """Every YAML file parses against its recipe; a misspelt key would be seen."""
 
 import importlib.util
+import re
+import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
+from safeft.commands.locate import LocateConfig
+from safeft.commands.training import SafetyArguments
+
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 TRAINING = {"freeze_sft": SFTConfig, "freeze_dpo": DPOConfig}
+CONFIGS = sorted(path for recipe in TRAINING for path in (ROOT / "configs" / recipe).glob("*.yaml"))
 
 
 def recipe_config(name: str) -> Any:
@@ -41,6 +48,34 @@ def test_config_parses(path: Path) -> None:
     assert model.model_name_or_path == given["model_name_or_path"]
     assert found.fraction == given["fraction"]
     assert training.learning_rate == given["learning_rate"]
+
+
+ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"} | {f"zero{n}": "DEEPSPEED" for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_accelerate_reads_each_launch_configuration(engine: str) -> None:
+    path = ROOT / f"configs/accelerate/{engine}.yaml"
+    found = load_config_from_file(str(path))
+    assert str(found.distributed_type).endswith(ENGINES[engine])
+    if engine == "fsdp2":
+        assert found.fsdp_config["fsdp_version"] == 2
+    if engine.startswith("zero"):
+        assert found.deepspeed_config["zero_stage"] == int(engine[-1])
+    assert {p.stem for p in path.parent.glob("*.yaml")} == set(ENGINES)
+
+
+@pytest.mark.parametrize("name", ["one_node", "several_nodes"])
+def test_cluster_scripts_are_shell_and_name_keys_that_exist(name: str) -> None:
+    path = ROOT / f"configs/slurm/{name}.sbatch"
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    text = path.read_text()
+    for verb, kind in (("sft", SafetyArguments), ("locate", LocateConfig)):
+        called = re.search(rf"-m safeft {verb} (.*?)\n(?:fi|srun|safeft)", text, re.DOTALL)
+        assert called is not None
+        known = {field.name for field in fields(kind)} | {field.name for field in fields(SFTConfig)}
+        used = set(re.findall(r"--(\w+)", called[1]))
+        assert used <= known | {"model_name_or_path", "dataset_name"}, used
 
 
 def test_a_misspelt_key_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,55 @@
 """Models and tokenizers by name, for the commands; what goes wrong is said in a sentence."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from safeft.errors import ConfigError
 
 
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """A causal language model (adapter folders included) and its tokenizer, on ``device``.
+def join_processes() -> None:
+    """Join the other processes of an ``accelerate launch`` or torchrun; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available())
+
+
+def shard(model: Any) -> None:
+    """Where the launch asks for FSDP or ZeRO-3, spread the weights over the processes in place.
+
+    Reading activations needs no optimizer, so torch's own sharding does for both.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from safeft.processes import ranks
+    from safeft.sites import find_sites, plain_model
+
+    zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if ranks() == 1 or not (zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+        return
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(kind, (ranks(),))
+    blocks = {site.name.rpartition(".")[0]: None for site in find_sites(model).values()}
+    for block in blocks:
+        fully_shard(plain_model(model).get_submodule(block), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def load_model(
+    name: str, dtype: str = "auto", device: str | None = None, device_map: str | None = None
+) -> tuple[Any, Any]:
+    """A causal language model (adapter folders included) and its tokenizer.
+
+    Args:
+        name: Folder or hub name.
+        dtype: ``auto`` or a torch dtype's name.
+        device: Where to put it whole; by default the process's GPU, or the CPU.
+        device_map: Spread it over devices instead, as transformers does (``auto``).
 
     Raises:
         ConfigError: It is not there or cannot be read.
@@ -15,18 +57,22 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device_map is not None and device is not None:
+        raise ConfigError("Give `device` or `device_map`, not both.")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    spread: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is none; use auto, float32, bfloat16 or float16.")
     try:
         if (Path(name) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype)
+            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
         tokenizer = load_tokenizer(name, model)
-        return model.to(device).eval(), tokenizer
+        return (model if spread else model.to(device)).eval(), tokenizer
     except ConfigError:
         raise
     except Exception as error:  # Loading fails in many ways below us; all mean: not this model.

@@ -1,10 +1,13 @@
-"""``safeft locate``: a chat model and two prompt files in, a neuron set out."""
+"""``safeft locate``: a chat model and two prompt files in, a neuron set out.
+
+Under ``accelerate launch`` the processes share the prompts, and under FSDP or ZeRO-3 the weights.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from safeft.commands.loading import load_model, read_template
+from safeft.commands.loading import join_processes, load_model, read_template, shard
 from safeft.commands.parsing import parse
 
 
@@ -52,6 +55,9 @@ class LocateConfig:
     )
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16, float16."})
     device: str | None = field(default=None, metadata={"help": "cuda where there is one, or cpu."})
+    device_map: str | None = field(
+        default=None, metadata={"help": "Spread one model over devices instead: auto, balanced."}
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -59,6 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     (config,) = parse([LocateConfig], arguments, "locate", LocateConfig.__doc__ or "")
     assert isinstance(config, LocateConfig)
     from safeft.locators import Selection, locate
+    from safeft.processes import rank, together
     from safeft.reading import read_prompts
 
     amount: dict[str, Any] = {
@@ -71,7 +78,11 @@ def main(arguments: Sequence[str]) -> int:
     harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
     benign = read_prompts(config.benign, config.benign_column)[: config.limit]
     template = read_template(config.chat_template_path)
-    model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
+    join_processes()
+    model, tokenizer = load_model(
+        config.model_name_or_path, config.dtype, config.device, config.device_map
+    )
+    shard(model)
     neurons = locate(
         model,
         tokenizer,
@@ -87,9 +98,12 @@ def main(arguments: Sequence[str]) -> int:
         max_length=config.max_length,
         openings=config.openings,
         chat_template=template,
+        share=True,
         **amount,
     )
-    neurons.save_pretrained(config.output_dir)
+    together(lambda: neurons.save_pretrained(config.output_dir) if rank() == 0 else None)
+    if rank():
+        return 0
     total = sum(neurons.model.units[name] for name in neurons.model.units)
     print(f"{len(neurons)} of {total} units by {config.method}, in {config.output_dir}")
     for name, units in neurons.indices.items():

@@ -25,6 +25,13 @@ class SafetyArguments:
         default=None,
         metadata={"help": "Groups to hold whole as well: embeddings norms head biases."},
     )
+    engine: str | None = field(
+        default=None,
+        metadata={"help": "Stop unless this runs: single ddp fsdp2 zero1 zero2 zero3."},
+    )
+    processes: int | None = field(
+        default=None, metadata={"help": "Stop unless this many processes train."}
+    )
     allow_other_weights: bool = field(
         default=False,
         metadata={"help": "Accept a model whose neurons have moved since they were located."},
@@ -56,6 +63,8 @@ def callbacks(safety: SafetyArguments) -> list[Any]:
             safety.protect_mode,
             hold=hold,
             strict=not safety.allow_other_weights,
+            engine=safety.engine,
+            processes=safety.processes,
         )
     ]
 
@@ -123,6 +132,33 @@ def _as_messages(data: Any, safety: SafetyArguments) -> Any:
     return data.map(turn, remove_columns=data[next(iter(data))].column_names)
 
 
+def resume_point(training: Any, protecting: bool) -> str | bool | None:
+    """The checkpoint to go on from; ``last`` is the newest whole one, or none: then from the start.
+
+    Raises:
+        SafeftError: In every process at once: it is half-written, or made for another engine or
+            another number of processes.
+    """
+    from safeft.freeze.engines import asked_engine
+    from safeft.freeze.resume import check_resumable, last_complete
+    from safeft.processes import ranks, together
+
+    wanted = training.resume_from_checkpoint
+    newest = str(wanted).lower() in ("last", "true")
+    if wanted is None or not protecting:
+        return newest or wanted
+
+    def chosen() -> str | None:
+        found = last_complete(training.output_dir) if newest else Path(str(wanted))
+        if found is None:
+            logger.warning("No whole checkpoint in %s: training starts anew.", training.output_dir)
+            return None
+        check_resumable(found, asked_engine(training), ranks())
+        return str(found)
+
+    return together(chosen)
+
+
 def run(
     trainer_class: Any,
     safety: SafetyArguments,
@@ -164,7 +200,7 @@ def run(
         if isinstance(error, SafeftError):
             raise
         raise ConfigError(f"The trainer cannot be built from these settings: {error}") from error
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume_point(training, bool(protecting)))
     trainer.save_model(training.output_dir)
     if trainer.accelerator.is_main_process:
         print(f"Saved to {training.output_dir}")

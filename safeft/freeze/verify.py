@@ -25,7 +25,12 @@ from safeft.freeze.plan import Group, Mode, Plan, Slice, make_plan
 from safeft.neurons import NeuronSet, moved_error
 from safeft.progress import progress
 from safeft.sites import Site, find_sites, plain_model
-from safeft.weights import CheckpointWeights, ModelWeights, Weights
+from safeft.weights import (
+    CheckpointWeights,
+    DistributedCheckpointWeights,
+    ModelWeights,
+    Weights,
+)
 
 _ROWS = 4096
 """Rows compared at once where a whole weight is protected."""
@@ -43,8 +48,9 @@ def verify(
 
     Args:
         base: Folder (or hub id) of the base checkpoint in safetensors, or a model in memory.
-        tuned: Folder of the tuned checkpoint or of a LoRA adapter, or a model in memory. For an
-            adapter the merged effect counts: any non-zero update of a protected slice violates.
+        tuned: Folder of the tuned checkpoint (safetensors, or torch's distributed format as FSDP2
+            saves it), or of a LoRA adapter, or a model in memory. For an adapter the merged
+            effect counts: any non-zero update of a protected slice violates.
         protected: The neuron set or its folder.
         mode: ``freeze``: the neurons must be unchanged. ``train_only``: everything else must.
         hold: Groups of parameters that must be unchanged as well, as given to the callback.
@@ -157,6 +163,9 @@ def _open_tuned(tuned: str | Path | nn.Module, before: Weights, files: ExitStack
             )
         return ModelWeights(tuned)
     folder = _folder(tuned)
+    for place in (folder, folder / "pytorch_model_fsdp_0"):
+        if (place / ".metadata").is_file():
+            return files.enter_context(DistributedCheckpointWeights(place))
     if not (folder / "adapter_config.json").is_file():
         return files.enter_context(CheckpointWeights(folder))
     return files.enter_context(MergedWeights(before, folder))

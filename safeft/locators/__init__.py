@@ -19,13 +19,15 @@ from safeft.locators.attribution import AttributionFitter
 from safeft.locators.contrast import ContrastFitter
 from safeft.locators.openings import refusal_openings
 from safeft.locators.random import RandomFitter
-from safeft.locators.scores import Fitter, Scores, Side
+from safeft.locators.scores import Fitter, Scores, Side, merged
 from safeft.locators.select import Selection, check_size, select
 from safeft.locators.snip import SnipFitter
 from safeft.locators.variance import VarianceFitter
 from safeft.locators.wanda import WandaFitter
 from safeft.neurons import NeuronSet
+from safeft.processes import from_first, gathered, rank, ranks
 from safeft.prompts import Prompt, PromptLike, as_prompts, batches
+from safeft.shards import is_split
 from safeft.sites import Kind, Site, find_sites
 
 __all__ = [
@@ -81,6 +83,7 @@ def locate(
     max_length: int = 1024,
     openings: Sequence[str] | None = None,
     chat_template: str | None = None,
+    share: bool = False,
 ) -> NeuronSet:
     """Find the safety-critical neurons of an aligned chat model.
 
@@ -103,6 +106,9 @@ def locate(
         openings: How this model starts a refusal, for ``attribution``; by default read off its
             own answers.
         chat_template: A Jinja template, where the tokenizer has none.
+        share: In a run of several processes that all call this: each takes a part of the batches,
+            and their statistics are summed. Where the weights are sharded over processes, all
+            run every batch together, whatever is said here.
 
     Returns:
         The selected neurons, with method, settings and hashes of the prompts in ``source``.
@@ -133,6 +139,7 @@ def locate(
             "batch_size": batch_size,
             "max_length": max_length,
             "chat_template": chat_template,
+            "share": share and not any(is_split(p) for p in model.parameters()),
         }
         if method == "attribution":
             start = refusal_openings(
@@ -143,7 +150,9 @@ def locate(
         else:
             fitter = _fitter(method, model, found, seed)
         scores = score(fitter, model, tokenizer, sides, **batching)
-    indices = select(scores, found, selection)
+    indices = (
+        from_first(select(scores, found, selection)) if share else select(scores, found, selection)
+    )
     source = {
         "method": method,
         **settings,
@@ -164,27 +173,35 @@ def score(
     batch_size: int = 16,
     max_length: int = 1024,
     chat_template: str | None = None,
+    share: bool = False,
 ) -> Scores:
     """Feed a fitter all prompts, batch by batch, and return its scores.
 
     Where the fitter reads answers and a prompt brings none, the model's own greedy answer is used.
+    With ``share`` every process takes each so-manieth batch; all get the same scores.
     """
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
+    every, first = (ranks(), rank()) if share else (1, 0)
     for side, prompts in sides.items():
         ready = list(prompts)
         if fitter.needs_responses:
-            ready = _answered(model, tokenizer, ready, batch_size, max_length, chat_template)
-        for batch in batches(
-            tokenizer,
-            ready,
-            batch_size=batch_size,
-            device=model.device,
-            max_length=max_length,
-            chat_template=chat_template,
-            description=f"locating, {side} prompts",
+            ready = _answered(model, tokenizer, ready, batch_size, max_length, chat_template, share)
+        for number, batch in enumerate(
+            batches(
+                tokenizer,
+                ready,
+                batch_size=batch_size,
+                device=model.device,
+                max_length=max_length,
+                chat_template=chat_template,
+                description=f"locating, {side} prompts",
+            )
         ):
-            fitter.update(side, batch)
+            if number % every == first:
+                fitter.update(side, batch)
+    if every > 1:
+        fitter.statistics = merged(gathered(fitter.statistics))
     return fitter.scores()
 
 
@@ -207,6 +224,7 @@ def _answered(
     batch_size: int,
     max_length: int,
     chat_template: str | None,
+    share: bool,
 ) -> list[Prompt]:
     open_ones = [index for index, prompt in enumerate(prompts) if not prompt.response]
     answers = generate(
@@ -217,6 +235,7 @@ def _answered(
         max_length=max_length,
         chat_template=chat_template,
         description="the model's own answers",
+        share=share,
     )
     for index, answer in zip(open_ones, answers, strict=True):
         prompts[index] = replace(prompts[index], response=answer)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from safeft.capture import watch_inputs
 from safeft.locators.gradients import input_gradients
-from safeft.locators.scores import Moments, Scores, Side, forward
+from safeft.locators.scores import Moments, Scores, Side, Statistics, forward
 from safeft.prompts import Batch
 from safeft.sites import Site
 
@@ -44,12 +44,12 @@ class AttributionFitter:
         self._openings = torch.tensor(sorted(set(openings)))
         self._prefix = tuple(prefix)
         self._by_writer = {site.writes.module: site.name for site in sites.values()}
-        self._activations: dict[tuple[Side, str], Moments] = {}
-        self._gradients: dict[tuple[Side, str], Moments] = {}
-        for side in ("harmful", "benign"):
-            for name in sites:
-                self._activations[side, name] = Moments()
-                self._gradients[side, name] = Moments()
+        self.statistics: Statistics = {
+            (kind, side, name): Moments()
+            for kind in ("activation", "gradient")
+            for side in ("harmful", "benign")
+            for name in sites
+        }
 
     def update(self, side: Side, batch: Batch) -> None:
         """One forward and backward pass over ``batch``; its answers, if any, are left out."""
@@ -58,13 +58,15 @@ class AttributionFitter:
 
         def gather(moments: Moments) -> Callable[[Tensor], None]:
             return lambda values: moments.update(
-                values.detach()[chosen].unflatten(0, (len(chosen), batch.tail)).flatten(1)
+                values.detach()[chosen.to(values.device)]
+                .unflatten(0, (len(chosen), batch.tail))
+                .flatten(1)
             )
 
         def observe(writer: str, inputs: Tensor) -> None:
             name = self._by_writer[writer]
-            gather(self._activations[side, name])(inputs)
-            inputs.register_hook(gather(self._gradients[side, name]))
+            gather(self._seen("activation", side, name))(inputs)
+            inputs.register_hook(gather(self._seen("gradient", side, name)))
 
         with input_gradients(self._model):
             with watch_inputs(self._model, list(self._by_writer), observe):
@@ -84,13 +86,18 @@ class AttributionFitter:
             {name: self._score(site) for name, site in self._sites.items()}, None, "plain"
         )
 
+    def _seen(self, kind: str, side: Side, name: str) -> Moments:
+        found = self.statistics[kind, side, name]
+        assert isinstance(found, Moments)
+        return found
+
     def _score(self, site: Site) -> Tensor:
-        def mean(moments: Mapping[tuple[Side, str], Moments], side: Side) -> Tensor:
-            found = moments[side, site.name].mean
+        def mean(kind: str, side: Side) -> Tensor:
+            found = self._seen(kind, side, site.name).mean
             return found.unflatten(0, (-1, site.units, site.width))
 
-        harmful, benign = mean(self._activations, "harmful"), mean(self._activations, "benign")
-        slope = mean(self._gradients, "harmful") + mean(self._gradients, "benign")
+        harmful, benign = mean("activation", "harmful"), mean("activation", "benign")
+        slope = mean("gradient", "harmful") + mean("gradient", "benign")
         effect = (slope * (benign - harmful)).sum(-1)
         more_active = harmful.norm(dim=-1) > benign.norm(dim=-1)
         return torch.where(more_active, effect, effect.clamp(max=0)).amax(0)

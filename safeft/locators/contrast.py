@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.capture import watch_inputs
-from safeft.locators.scores import Moments, Scores, Side, contributions, forward
+from safeft.locators.scores import Moments, Scores, Side, Statistics, contributions, forward
 from safeft.prompts import Batch, TokenChoice
 from safeft.sites import Site
 
@@ -31,7 +31,7 @@ class ContrastFitter:
         self._model, self._sites = model, sites
         self._tokens: TokenChoice = tokens
         self._by_writer = {site.writes.module: site.name for site in sites.values()}
-        self._moments: dict[tuple[Side, str], Moments] = {
+        self.statistics: Statistics = {
             (side, name): Moments() for side in ("harmful", "benign") for name in sites
         }
 
@@ -41,7 +41,7 @@ class ContrastFitter:
         chosen = batch.choose(self._tokens)
 
         def observe(writer: str, inputs: Tensor) -> None:
-            self._moments[side, self._by_writer[writer]].update(inputs[chosen])
+            self._seen(side, self._by_writer[writer]).update(inputs[chosen.to(inputs.device)])
 
         with watch_inputs(self._model, list(self._by_writer), observe):
             forward(self._model, batch)
@@ -50,9 +50,14 @@ class ContrastFitter:
         """Each side's share of the layer's writing."""
         return Scores(self._shares("harmful"), self._shares("benign"), "exclude")
 
+    def _seen(self, side: Side, name: str) -> Moments:
+        found = self.statistics[side, name]
+        assert isinstance(found, Moments)
+        return found
+
     def _shares(self, side: Side) -> dict[str, Tensor]:
         shares = {}
         for name, site in self._sites.items():
-            importance = contributions(self._model, site, self._moments[side, name].mean)
+            importance = contributions(self._model, site, self._seen(side, name).mean)
             shares[name] = importance / importance.sum().clamp(min=torch.finfo(torch.double).tiny)
         return shares

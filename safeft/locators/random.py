@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from safeft.locators.scores import Scores, Side
+from safeft.locators.scores import Scores, Side, Statistics
 from safeft.prompts import Batch
 from safeft.sites import Site
 
@@ -16,6 +16,7 @@ class RandomFitter:
 
     def __init__(self, sites: Mapping[str, Site], seed: int) -> None:
         self._sites, self._seed = sites, seed
+        self.statistics: Statistics = {}
 
     def update(self, side: Side, batch: Batch) -> None:
         """Nothing to take up."""

@@ -1,15 +1,16 @@
 """What a locator gathers and what it gives: the shared shapes of all methods."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safeft.prompts import Batch
-from safeft.sites import Part, Site, dense, plain_model
+from safeft.sites import Part, Site
+from safeft.weights import ModelWeights
 
 Side: TypeAlias = Literal["harmful", "benign"]
 
@@ -37,6 +38,9 @@ class Fitter(Protocol):
 
     needs_responses: bool
     """Whether the batches must hold answers as well as prompts."""
+
+    statistics: "Statistics"
+    """All that was gathered; those of several processes add up (:func:`merged`)."""
 
     def update(self, side: Side, batch: Batch) -> None:
         """Run the model on one batch and take up what was seen."""
@@ -67,15 +71,23 @@ class Moments:
         if not len(values):
             return
         exact = values.double()
-        mean = exact.mean(0)
-        squares = (exact - mean).square_().sum(0)
-        if self._mean is None or self._squares is None:
-            self.count, self._mean, self._squares = len(values), mean, squares
+        seen = Moments()
+        seen.count, seen._mean = len(values), exact.mean(0)
+        seen._squares = (exact - seen._mean).square_().sum(0)
+        self.merge(seen)
+
+    def merge(self, other: "Moments") -> None:
+        """Take up what another has seen, as if it had been seen here."""
+        if other._mean is None or other._squares is None:
             return
-        total = self.count + len(values)
-        shift = mean - self._mean
-        self._squares += squares + shift.square() * (self.count * len(values) / total)
-        self._mean = self._mean + shift * (len(values) / total)
+        if self._mean is None or self._squares is None:
+            self.count, self._mean, self._squares = other.count, other._mean, other._squares
+            return
+        total = self.count + other.count
+        shift = other._mean.to(self._mean) - self._mean
+        here = self._squares + other._squares.to(self._squares)
+        self._squares = here + shift.square() * (self.count * other.count / total)
+        self._mean = self._mean + shift * (other.count / total)
         self.count = total
 
     @property
@@ -91,16 +103,32 @@ class Moments:
         return self._squares / max(1, self.count - 1)
 
 
+Statistics: TypeAlias = dict[Any, Moments | Tensor]
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of several processes as one: moments by Chan's rule, tensors summed."""
+    whole: Statistics = {}
+    for part in parts:
+        for key, value in part.items():
+            known = whole.setdefault(key, Moments() if isinstance(value, Moments) else value)
+            if isinstance(value, Moments):
+                assert isinstance(known, Moments)
+                known.merge(value)
+            elif known is not value:
+                assert isinstance(known, Tensor)
+                whole[key] = known + value.to(known.device)
+    return whole
+
+
 def weight_of(model: nn.Module, module: str) -> Tensor:
-    """The weight of a named module of the plain model, adapters left out, detached."""
-    weight = dense(plain_model(model).get_submodule(module)).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    """The weight of a named module of the plain model, adapters left out, detached and whole."""
+    return ModelWeights(model).whole(f"{module}.weight")
 
 
 def is_matrix(model: nn.Module, part: Part) -> bool:
     """Whether a part is a matrix (a norm's gain is not)."""
-    return weight_of(model, part.module).ndim == 2
+    return len(ModelWeights(model).shape(f"{part.module}.weight") or ()) == 2
 
 
 def per_unit(part: Part, entries: Tensor, units: int) -> Tensor:

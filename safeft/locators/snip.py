@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from safeft.errors import ConfigError
 from safeft.locators.gradients import gradients_of, response_loss
-from safeft.locators.scores import Scores, Side, forward, is_matrix, per_unit
+from safeft.locators.scores import Scores, Side, Statistics, forward, is_matrix, per_unit
 from safeft.prompts import Batch
+from safeft.shards import is_split
 from safeft.sites import Site
 
 
@@ -30,8 +32,14 @@ class SnipFitter:
             for part in site.parts
             if is_matrix(model, part)
         }
-        self._sums: dict[tuple[Side, str], Tensor] = {}
-        self._batches: dict[Side, int] = {"harmful": 0, "benign": 0}
+        self.statistics: Statistics = {
+            (side, "batches"): torch.zeros(()) for side in ("harmful", "benign")
+        }
+        if any(is_split(parameter) for parameter in model.parameters()):
+            raise ConfigError(
+                "`snip` reads weights' gradients, which FSDP and ZeRO-3 reduce and shard as they "
+                "arise. On sharded weights use `attribution`, `contrast`, `variance` or `wanda`."
+            )
 
     def update(self, side: Side, batch: Batch) -> None:
         """One forward and backward pass over ``batch``."""
@@ -44,24 +52,29 @@ class SnipFitter:
                 entries = product.sum(1 if part.axis == "rows" else 0)
                 key = (side, module)
                 found = per_unit(part, entries, units)
-                self._sums[key] = self._sums[key] + found if key in self._sums else found
+                self.statistics[key] = self._sum(key) + found if key in self.statistics else found
 
             return reduce
 
         reducers = {module: reducer(module) for module in self._parts}
         with gradients_of(self._model, reducers):
             response_loss(forward(self._model, batch, keep_logits=0), batch).backward()
-        self._batches[side] += 1
+        self.statistics[side, "batches"] = self._sum((side, "batches")) + 1
 
     def scores(self) -> Scores:
         """Each side's mean over batches; units of the utility top are left out when selecting."""
         return Scores(self._means("harmful"), self._means("benign"), "exclude")
 
+    def _sum(self, key: tuple[Side, str]) -> Tensor:
+        found = self.statistics[key]
+        assert isinstance(found, Tensor)
+        return found
+
     def _means(self, side: Side) -> dict[str, Tensor]:
         return {
             name: torch.stack(
-                [self._sums[side, p.module] for p in site.parts if p.module in self._parts]
+                [self._sum((side, p.module)) for p in site.parts if p.module in self._parts]
             ).sum(0)
-            / max(1, self._batches[side])
+            / max(1, int(self._sum((side, "batches"))))
             for name, site in self._sites.items()
         }

@@ -7,7 +7,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.capture import watch_inputs
-from safeft.locators.scores import Scores, Side, forward, is_matrix, per_unit, weight_of
+from safeft.locators.scores import (
+    Scores,
+    Side,
+    Statistics,
+    forward,
+    is_matrix,
+    per_unit,
+    weight_of,
+)
 from safeft.prompts import Batch
 from safeft.sites import Part, Site
 
@@ -29,16 +37,18 @@ class WandaFitter:
             for part in site.parts
             if is_matrix(model, part)
         }
-        self._squares: dict[tuple[Side, str], Tensor] = {}
+        self.statistics: Statistics = {}
 
     @torch.no_grad()
     def update(self, side: Side, batch: Batch) -> None:
         """One forward pass over ``batch``, read at response tokens."""
 
         def observe(module: str, inputs: Tensor) -> None:
-            squares = inputs[batch.is_response].double().square_().sum(0)
-            key = (side, module)
-            self._squares[key] = self._squares[key] + squares if key in self._squares else squares
+            squares = inputs[batch.is_response.to(inputs.device)].double().square_().sum(0)
+            known = self.statistics.get((side, module))
+            self.statistics[side, module] = (
+                known + squares if isinstance(known, Tensor) else squares
+            )
 
         with watch_inputs(self._model, list(self._parts), observe):
             forward(self._model, batch)
@@ -58,5 +68,7 @@ class WandaFitter:
 
     def _entries(self, side: Side, part: Part) -> Tensor:
         weight = weight_of(self._model, part.module).double().abs()
-        norms = self._squares[side, part.module].sqrt().to(weight)
+        squares = self.statistics[side, part.module]
+        assert isinstance(squares, Tensor)
+        norms = squares.sqrt().to(weight)
         return weight @ norms if part.axis == "rows" else weight.sum(0) * norms

@@ -1,0 +1,194 @@
+"""`accelerate launch` with the configurations that ship, and the ways it falls back in silence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safeft import NeuronSet, verify
+from safeft.demo import world
+from tests.engines import environment, free_port
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs/accelerate"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts, data, and the neurons that one process alone finds, by each method."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "harmful.txt").write_text("\n".join(world.harmful("calibration")[:40]))
+    (folder / "benign.txt").write_text("\n".join(world.benign("calibration")[:40]))
+    rows = [json.dumps({"messages": e.messages}) for e in world.domain("train")[:64]]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def locate(place: Path, method: str, out: str) -> list[str]:
+    return [
+        "locate", "--model_name_or_path", str(world.MODEL_PATH), "--method", method,
+        "--harmful", str(place / "harmful.txt"), "--benign", str(place / "benign.txt"),
+        "--fraction", "0.1", "--batch_size", "8", "--output_dir", str(place / out),
+    ]  # fmt: skip
+
+
+def sft(place: Path, out: str, *more: str) -> list[str]:
+    return [
+        "sft", "--model_name_or_path", str(world.MODEL_PATH), "--protected", str(place / "neurons"),
+        "--dataset_name", str(place / "train.jsonl"), "--output_dir", str(place / out),
+        "--max_steps", "2", "--per_device_train_batch_size", "4", "--max_length", "64",
+        "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none",
+        "--disable_tqdm", "true", "--learning_rate", "1.0e-3", "--weight_decay", "0.1",
+        "--save_strategy", "steps", "--save_steps", "2", *more,
+    ]  # fmt: skip
+
+
+def alone(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "safeft", *arguments],
+        env=environment("single"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launch(
+    engine: str, arguments: list[str], *flags: str, cpu: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch`; `cpu`: say that there is no GPU, which the launcher cannot."""
+    config = ["--config_file", str(CONFIGS / f"{engine}.yaml")] if engine else []
+    variables = environment("ddp" if cpu else "zero")
+    port = ["--main_process_port", str(free_port())]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *config, *port]
+    return subprocess.run(
+        [*start, *flags, "--mixed_precision", "no", "-m", "safeft", *arguments],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("method", ["attribution", "snip"])
+def test_processes_that_share_the_prompts_find_what_one_finds(method: str, place: Path) -> None:
+    alone(locate(place, method, f"alone-{method}"))
+    done = launch("ddp", locate(place, method, f"shared-{method}"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = NeuronSet.from_pretrained(place / f"alone-{method}")
+    two = NeuronSet.from_pretrained(place / f"shared-{method}")
+    assert len(one) > 50
+    assert dict(one.indices) == dict(two.indices)
+    assert one.hash == two.hash
+    assert done.stdout.count(" units by ") == 1  # said by one process
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_locating_on_sharded_weights_finds_what_one_process_finds(engine: str, place: Path) -> None:
+    for method in ("attribution", "contrast"):
+        alone(locate(place, method, f"alone-{method}"))
+        done = launch(engine, locate(place, method, f"{engine}-{method}"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        one = NeuronSet.from_pretrained(place / f"alone-{method}")
+        two = NeuronSet.from_pretrained(place / f"{engine}-{method}")
+        assert dict(one.indices) == dict(two.indices)
+    refused = launch(engine, locate(place, "snip", "never"))
+    assert refused.returncode != 0
+    assert "`snip` reads weights' gradients" in refused.stderr
+    assert not (place / "never").exists()
+
+
+@pytest.fixture(scope="module")
+def neurons(place: Path) -> Path:
+    alone(locate(place, "contrast", "neurons"))
+    return place / "neurons"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_sft_under_the_launch_configurations_is_exact(
+    engine: str, place: Path, neurons: Path
+) -> None:
+    demand = ["--engine", engine, "--processes", "2"]
+    if engine != "ddp":
+        pytest.importorskip("deepspeed")
+        demand += ["--ddp_backend", "gloo"]
+    done = launch(engine, sft(place, engine, *demand), cpu=engine == "ddp")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("EXACT: ") == 1
+    said = json.loads((place / engine / "safeft_certificate.json").read_text())
+    assert (said["run"]["engine"], said["run"]["processes"]) == (engine, 2)
+    assert len(said["run"]["parts"]) == 2
+    verdict = verify(world.MODEL_PATH, place / engine, neurons)
+    assert verdict.exact, verdict.summary()
+    assert (place / engine / "checkpoint-2" / "safeft_certificate.json").exists()
+
+
+def test_a_launch_of_two_that_starts_one_process_is_an_error(place: Path, neurons: Path) -> None:
+    """`--cpu --num_processes 2` starts one process, and nothing says so but the demand."""
+    arguments = sft(place, "one", "--processes", "2")
+    done = launch("", arguments, "--cpu", "--num_processes", "2", "--num_machines", "1")
+    assert done.returncode == 2 or "exit status 2" in done.stderr
+    assert "processes=2 was demanded, and 1 is what runs" in done.stderr
+    assert not (place / "one" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate shards where there are GPUs")
+def test_fsdp_that_silently_becomes_ddp_is_an_error(place: Path, neurons: Path) -> None:
+    done = launch("fsdp2", sft(place, "fallen"))
+    assert done.returncode != 0
+    assert done.stderr.count("fsdp2 was asked for, and ddp is what runs, on 2 process") == 2
+    assert not (place / "fallen" / "model.safetensors").exists()
+
+
+def test_resuming_zero_on_another_number_of_processes_is_an_error_in_all(
+    place: Path, neurons: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    source = place / "zero3" / "checkpoint-2"
+    if not source.exists():
+        launch("zero3", sft(place, "zero3", "--ddp_backend", "gloo"), cpu=False)
+    more = ["--ddp_backend", "gloo", "--resume_from_checkpoint", str(source)]
+    done = launch("zero3", sft(place, "three", *more), "--num_processes", "3", cpu=False)
+    assert done.returncode != 0
+    assert done.stderr.count("was written by 2 processes and this run has 3") == 3
+    other = launch("ddp", sft(place, "other", "--resume_from_checkpoint", str(source)))
+    assert other.returncode != 0
+    assert other.stderr.count("was written under zero3 and this run is ddp") == 2
+
+
+def test_a_set_that_only_one_process_sees_stops_both(place: Path, neurons: Path) -> None:
+    """Several machines without a shared folder, in small: rank 1 is given another path."""
+    script = place / "uneven.py"
+    script.write_text(
+        "import os, sys\n"
+        "from safeft.commands import main\n"
+        "folder = sys.argv.pop(1)\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    sys.argv[sys.argv.index('--protected') + 1] = folder\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    alone(locate(place, "random", "others"))
+    for folder, words in (
+        (str(place / "nowhere"), "ProcessError|Process 1 of 2 stopped"),
+        (str(place / "others"), "Processes disagree about the neuron set"),
+    ):
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        start += ["--master_port", str(free_port()), str(script), folder]
+        done = subprocess.run(
+            [*start, *sft(place, "never")],
+            env=environment("ddp"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert any(word in done.stderr for word in words.split("|")), done.stderr[-2000:]
+        assert not (place / "never" / "model.safetensors").exists()
