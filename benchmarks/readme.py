@@ -133,7 +133,44 @@ def real_block() -> str:
     )
 
 
+def engines_block() -> str:
+    """Exact under every engine, and what a step costs there."""
+    found = load("engines.json")
+    heads = ["engine", "full and LoRA, fp32 and bf16, accumulation 1 and 2",
+             "frozen bits changed", "without the pin", "without the mask",
+             "step time with / without"]  # fmt: skip
+    rows = []
+    for engine, cells in found["exactness"].items():
+        whole = [cell for cell in cells if not cell["taken_out"]]
+        exact = sum(cell["verdict"] == "exact" for cell in whole)
+        changed = sum(cell["frozen_changed"] for cell in whole)
+
+        def verdicts(part: str, tuning: str, cells: Any = cells) -> str:
+            said = {
+                cell["verdict"]
+                for cell in cells
+                if cell["taken_out"] == part and cell["tuning"] == tuning
+            }
+            return " / ".join(sorted(said))
+
+        without_pin = f"full: {verdicts('pin', 'full')}; LoRA: {verdicts('pin', 'lora')}"
+        both = {verdicts("mask", tuning) for tuning in ("full", "lora")}
+        ratio = found["overhead"][engine]["ratio_median"]
+        wrappers = ", ".join(dict.fromkeys(cell["wrapper"] for cell in whole))
+        name = f"{engine} ({wrappers}, {whole[0]['world_size']} process"
+        name += "es)" if whole[0]["world_size"] > 1 else ")"
+        rows.append(
+            [name, f"{exact} of {len(whole)} exact", str(changed), without_pin,
+             " / ".join(sorted(both)), f"{ratio:.3f}"]
+        )  # fmt: skip
+    return (
+        f"{markdown(heads, rows)}\n\n`{found['command']}` ({found['machine']}). LoRA needs no pin: "
+        "the decay of an adapter's zeros is zero."
+    )
+
+
 BLOCKS = {
+    "engines": engines_block,
     "demo": lambda: demo_table("demo_wide.json"),
     "speed": speed_block,
     "judge": judge_block,

@@ -37,6 +37,13 @@ def rank() -> int:
     return dist.get_rank() if ranks() > 1 else 0
 
 
+def leave() -> None:
+    """Leave the process group once all have come here; gloo's threads may abort a bare exit."""
+    if ranks() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def talks_on(device: torch.device) -> torch.device:
     """The device to exchange a tensor on that lies on ``device``: NCCL knows no CPU tensors."""
     if device.type not in ("cpu", "meta"):

@@ -8,6 +8,7 @@ and PEFT, against slices written down by hand in tests/freezing.py.
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from contextlib import ExitStack
@@ -44,7 +45,17 @@ from tests.freezing import (  # noqa: E402
     trainer_of,
 )
 
-SETS = {"small": SMALL, "large": LARGE}
+SETS: dict[str, Any] = {"small": SMALL, "large": LARGE}
+
+
+def indices_of(cell: Cell) -> dict[str, tuple[int, ...]]:
+    """The neurons a cell freezes: ``share`` is every twentieth hidden unit of the whole model."""
+    if cell.set == "share":
+        shape = cell.shape or {}
+        units = range(0, shape["intermediate_size"], 20)
+        layers = range(shape["num_hidden_layers"])
+        return {f"model.layers.{layer}.mlp": tuple(units) for layer in layers}
+    return {"model.layers.0.mlp": (1, 7)} if cell.aside else SETS[cell.set or "large"]
 
 
 class Watch(TrainerCallback):
@@ -53,8 +64,14 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.trainer: Any = None
         self.seen: dict[str, Any] = {}
+        self.begun = 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.begun)
         distributed = torch.distributed.is_initialized()
         parameter = next(p for p in self.trainer.model.parameters() if p.requires_grad)
         self.seen = {
@@ -180,8 +197,7 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     watch = Watch()
     callbacks: list[Any] = [watch]
     if cell.set is not None:
-        chosen = {"model.layers.0.mlp": (1, 7)} if cell.aside else SETS[cell.set]
-        callbacks.insert(0, freeze(model, chosen, hold=cell.hold))
+        callbacks.insert(0, freeze(model, indices_of(cell), hold=cell.hold))
     home = folder / cell.name
     settings: dict[str, Any] = {
         "max_steps": 3,
@@ -219,6 +235,7 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
             report |= watch.seen
             return report
     report |= watch.seen
+    report["step_seconds"] = statistics.median(watch.seconds[2:] or watch.seconds)
     logs = trainer.state.log_history
     report["losses"] = [row["loss"] for row in logs if "loss" in row]
     report["grad_norms"] = [float(row["grad_norm"]) for row in logs if "grad_norm" in row]
@@ -289,9 +306,7 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
         now = state_of(PeftModel.from_pretrained(fresh, str(tuned)))
     else:
         now = state_of(AutoModelForCausalLM.from_pretrained(tuned))
-    indices = SETS[cell.set] if cell.set else {}
-    if cell.aside:
-        indices = {}
+    indices = indices_of(cell) if cell.set and not cell.aside else {}
     masks = frozen_entries(base, indices, "freeze")
     shares = {}
     changed = 0

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import safeft
 from safeft import NeuronSet, verify
 from safeft.demo import world
 from tests.engines import environment, free_port
@@ -48,15 +51,12 @@ def sft(place: Path, out: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def alone(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "safeft", *arguments],
-        env=environment("single"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def alone(place: Path, method: Any) -> NeuronSet:
+    """What one process finds."""
+    tokenizer = AutoTokenizer.from_pretrained(world.MODEL_PATH)
+    model = AutoModelForCausalLM.from_pretrained(world.MODEL_PATH, dtype="auto")
+    sides = [(place / f"{side}.txt").read_text().splitlines() for side in ("harmful", "benign")]
+    return safeft.locate(model, tokenizer, *sides, method=method, fraction=0.1, batch_size=8)
 
 
 def launch(
@@ -79,39 +79,39 @@ def launch(
 
 @pytest.mark.parametrize("method", ["attribution", "snip"])
 def test_processes_that_share_the_prompts_find_what_one_finds(method: str, place: Path) -> None:
-    alone(locate(place, method, f"alone-{method}"))
+    one = alone(place, method)
     done = launch("ddp", locate(place, method, f"shared-{method}"))
     assert done.returncode == 0, done.stderr[-3000:]
-    one = NeuronSet.from_pretrained(place / f"alone-{method}")
     two = NeuronSet.from_pretrained(place / f"shared-{method}")
     assert len(one) > 50
     assert dict(one.indices) == dict(two.indices)
-    assert one.hash == two.hash
     assert done.stdout.count(" units by ") == 1  # said by one process
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_locating_on_sharded_weights_finds_what_one_process_finds(engine: str, place: Path) -> None:
-    for method in ("attribution", "contrast"):
-        alone(locate(place, method, f"alone-{method}"))
-        done = launch(engine, locate(place, method, f"{engine}-{method}"))
-        assert done.returncode == 0, done.stderr[-3000:]
-        one = NeuronSet.from_pretrained(place / f"alone-{method}")
-        two = NeuronSet.from_pretrained(place / f"{engine}-{method}")
-        assert dict(one.indices) == dict(two.indices)
-    refused = launch(engine, locate(place, "snip", "never"))
+@pytest.mark.parametrize(("engine", "method"), [("fsdp2", "attribution"), ("zero3", "contrast")])
+def test_locating_on_sharded_weights_finds_what_one_process_finds(
+    engine: str, method: str, place: Path
+) -> None:
+    done = launch(engine, locate(place, method, f"{engine}-{method}"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = NeuronSet.from_pretrained(place / f"{engine}-{method}")
+    assert dict(alone(place, method).indices) == dict(two.indices)
+
+
+def test_weights_gradients_cannot_be_read_where_weights_are_sharded(place: Path) -> None:
+    refused = launch("fsdp2", locate(place, "snip", "never"))
     assert refused.returncode != 0
-    assert "`snip` reads weights' gradients" in refused.stderr
+    assert refused.stderr.count("`snip` reads weights' gradients") == 2
     assert not (place / "never").exists()
 
 
 @pytest.fixture(scope="module")
 def neurons(place: Path) -> Path:
-    alone(locate(place, "contrast", "neurons"))
+    alone(place, "contrast").save_pretrained(place / "neurons")
     return place / "neurons"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_sft_under_the_launch_configurations_is_exact(
     engine: str, place: Path, neurons: Path
 ) -> None:
@@ -174,7 +174,7 @@ def test_a_set_that_only_one_process_sees_stops_both(place: Path, neurons: Path)
         "    sys.argv[sys.argv.index('--protected') + 1] = folder\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    alone(locate(place, "random", "others"))
+    alone(place, "random").save_pretrained(place / "others")
     for folder, words in (
         (str(place / "nowhere"), "ProcessError|Process 1 of 2 stopped"),
         (str(place / "others"), "Processes disagree about the neuron set"),

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     (config,) = parse([LocateConfig], arguments, "locate", LocateConfig.__doc__ or "")
     assert isinstance(config, LocateConfig)
     from safeft.locators import Selection, locate
-    from safeft.processes import rank, together
+    from safeft.processes import leave, rank, together
     from safeft.reading import read_prompts
 
     amount: dict[str, Any] = {
@@ -101,8 +101,10 @@ def main(arguments: Sequence[str]) -> int:
         share=True,
         **amount,
     )
-    together(lambda: neurons.save_pretrained(config.output_dir) if rank() == 0 else None)
-    if rank():
+    first = rank() == 0
+    together(lambda: neurons.save_pretrained(config.output_dir) if first else None)
+    leave()
+    if not first:
         return 0
     total = sum(neurons.model.units[name] for name in neurons.model.units)
     print(f"{len(neurons)} of {total} units by {config.method}, in {config.output_dir}")

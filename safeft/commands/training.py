@@ -170,6 +170,8 @@ def run(
     """Build the trainer as TRL's script does, train, save, and say what the certificate says."""
     from trl import get_peft_config, get_quantization_config
 
+    from safeft.processes import leave
+
     protecting = callbacks(safety)
     data = datasets_of(script, mixture, safety)
     training.model_init_kwargs = {
@@ -210,4 +212,5 @@ def run(
         trainer.push_to_hub(dataset_name=script.dataset_name)
     if hasattr(trainer, "end"):
         trainer.end()
+    leave()
     return 0
