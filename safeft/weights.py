@@ -225,17 +225,18 @@ class DistributedCheckpointWeights:
 
     def _whole(self, name: str) -> Tensor:
         if self._last is None or self._last[0] != name:
-            from torch.distributed.checkpoint import FileSystemReader, load
+            from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
 
             stored = self._found[self._names[name]]
             weight = torch.empty(stored.size, dtype=stored.properties.dtype)
             try:
                 reader = FileSystemReader(self.folder)
                 load({self._names[name]: weight}, storage_reader=reader, no_dist=True)
-            except Exception as error:
+            except (Exception, CheckpointException) as error:  # which is no Exception
+                reason = str(error).strip().splitlines()[-1]
                 raise ArtefactError(
-                    f"{str(self.folder)!r}: {name!r} cannot be read ({type(error).__name__}: "
-                    f"{error}). A shard is missing, truncated or damaged."
+                    f"{str(self.folder)!r}: {name!r} cannot be read ({reason}). A shard is "
+                    "missing, truncated or damaged."
                 ) from error
             self._last = (name, weight)
         return self._last[1]

@@ -229,3 +229,26 @@ def test_a_cast_since_the_snapshot_is_an_error(model: Any) -> None:
     model.to(torch.bfloat16)
     with pytest.raises(FreezeError, match="was cast from torch.float32 to torch.bfloat16"):
         pin.install(sgd(model))
+
+
+def test_slices_that_are_stored_in_no_process_are_an_error(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pipeline parallelism, or groups of processes with models of their own."""
+    pin = Pin(plan_of(model).holds)
+    monkeypatch.setattr("safeft.shards.rank", lambda: 1)  # as if process 0 had nothing of it
+    with pytest.raises(
+        FreezeError, match="of the 96 weights to hold, 0 are stored and 0 are stepped on in the 1 "
+    ):
+        pin.install(sgd(model))
+
+
+def test_a_second_training_goes_on_with_what_was_kept(model: Any) -> None:
+    base = state_of(model)
+    pin = Pin(plan_of(model).holds)
+    pin.install(sgd(model))
+    pin.remove()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[1] += 1
+    assert pin.install(sgd(model)) == 1
+    assert changed_frozen(base, state_of(model), frozen_entries(base, SMALL, "freeze")) == []

@@ -27,8 +27,8 @@ from safeft.locators import (
     score,
 )
 from safeft.locators.openings import refusal_openings
-from safeft.locators.scores import Moments
-from safeft.prompts import Prompt, as_prompts
+from safeft.locators.scores import Moments, merged
+from safeft.prompts import Prompt, as_prompts, batches
 from safeft.sites import Site, find_sites
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
 
@@ -265,6 +265,23 @@ def test_running_moments_are_those_of_the_whole(cuts: list[int]) -> None:
     assert moments.count == 50
     torch.testing.assert_close(moments.mean, values.double().mean(0), rtol=1e-12, atol=0)
     torch.testing.assert_close(moments.variance, values.double().var(0), rtol=1e-10, atol=0)
+
+
+@every_fitter
+def test_statistics_of_three_processes_put_together_are_those_of_one(name: str) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    one = FITTERS[name](model, find_sites(model))
+    wanted = score(one, model, tokenizer, SIDES, batch_size=2)
+    fitters = [FITTERS[name](model, find_sites(model)) for _ in range(3)]
+    for side, prompts in SIDES.items():
+        for number, batch in enumerate(batches(tokenizer, prompts, batch_size=2)):
+            fitters[number % 3].update(side, batch)
+    whole = FITTERS[name](model, find_sites(model))
+    whole.statistics = merged([fitter.statistics for fitter in fitters])
+    assert_same(whole.scores(), wanted, rtol=1e-9)
+    whole.statistics = merged([fitter.statistics for fitter in fitters[:2]])
+    with pytest.raises(AssertionError):
+        assert_same(whole.scores(), wanted, rtol=1e-9)
 
 
 def test_moments_of_one_sample_do_not_vary() -> None:

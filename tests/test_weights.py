@@ -3,6 +3,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safeft.errors import ArtefactError
 from safeft.sites import find_sites
 from safeft.weights import (
     CheckpointWeights,
+    DistributedCheckpointWeights,
     ModelWeights,
     digests,
     part_tensors,
@@ -269,3 +271,58 @@ def test_no_units_have_no_digests() -> None:
 
 def test_examples_run() -> None:
     assert doctest.testmod(safeft.weights).failed == 0
+
+
+def saved_in_shards(folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    model = tiny_model()
+    state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    return model
+
+
+def test_a_distributed_checkpoint_reads_as_the_model_does(tmp_path: Path) -> None:
+    model = saved_in_shards(tmp_path / "dcp")
+    with DistributedCheckpointWeights(tmp_path / "dcp") as found:
+        here = ModelWeights(model)
+        assert found.names() == here.names()
+        for name in here.names():
+            assert found.shape(name) == here.shape(name)
+            some = torch.tensor([0, 3])
+            assert torch.equal(found.read(name, "rows", some), here.read(name, "rows", some))
+        name = "model.layers.0.mlp.down_proj.weight"
+        columns = torch.tensor([1, 47])
+        assert torch.equal(
+            found.read(name, "columns", columns), here.read(name, "columns", columns)
+        )
+        with pytest.raises(ArtefactError, match="has no weight 'nobody'"):
+            found.read("nobody", "rows", columns)
+        with pytest.raises(ArtefactError, match="columns 1 to 48 are asked for"):
+            found.read(name, "columns", torch.tensor([1, 48]))
+
+
+def test_a_damaged_distributed_checkpoint_is_an_error(tmp_path: Path) -> None:
+    saved_in_shards(tmp_path / "dcp")
+    (shard,) = (tmp_path / "dcp").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:2000])
+    found = DistributedCheckpointWeights(tmp_path / "dcp")
+    with pytest.raises(ArtefactError, match="cannot be read .*missing, truncated or damaged"):
+        found.read("model.layers.1.mlp.up_proj.weight", "rows", torch.tensor([0]))
+    index = tmp_path / "dcp" / ".metadata"
+    index.write_bytes(index.read_bytes()[:100])
+    with pytest.raises(ArtefactError, match="is no distributed checkpoint.*written to its end"):
+        DistributedCheckpointWeights(tmp_path / "dcp")
+
+
+def test_weights_that_accelerate_keeps_elsewhere_are_read(tmp_path: Path) -> None:
+    from accelerate import disk_offload
+
+    model = tiny_model()
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    weights = ModelWeights(model)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(weights.read(name, "rows", torch.tensor([5])), plain[name][[5]])
+    assert torch.equal(torch.as_tensor(weights.whole(name)), plain[name])
