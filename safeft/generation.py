@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safeft.processes import gathered, rank, ranks
 from safeft.progress import progress
-from safeft.prompts import Prompt, pad, pad_token, prompt_tokens
+from safeft.prompts import Prompt, input_device, pad, pad_token, prompt_tokens
 
 
 def generate(
@@ -56,7 +56,7 @@ def generate_tokens(
             if start // batch_size % every != first:
                 continue
             chosen = order[start : start + batch_size]
-            batch = pad([(rendered[i], []) for i in chosen], padding, True, 1, model.device)
+            batch = pad([(rendered[i], []) for i in chosen], padding, True, 1, input_device(model))
             output = model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,

@@ -18,7 +18,7 @@ from safeft.errors import ConfigError, PromptError
 from safeft.generation import generate
 from safeft.intervals import Rate
 from safeft.judge import Judge, as_judge
-from safeft.prompts import Batch, Prompt, PromptLike, as_prompts, batches
+from safeft.prompts import Batch, Prompt, PromptLike, as_prompts, batches, input_device
 
 JudgeLike: TypeAlias = "str | Judge | Callable[..., Any]"
 """What :func:`safeft.judge.as_judge` takes."""
@@ -78,8 +78,8 @@ def domain_loss(
     total, tokens = 0.0, 0
     with _evaluating(model):
         for batch in batches(
-            tokenizer, asked, batch_size=batch_size, device=model.device, max_length=max_length,
-            chat_template=chat_template, description="domain loss",
+            tokenizer, asked, batch_size=batch_size, device=input_device(model),
+            max_length=max_length, chat_template=chat_template, description="domain loss",
         ):  # fmt: skip
             read = batch.is_response[:, 1:]
             logits = _logits(model, batch)[:, :-1][read]
@@ -247,7 +247,7 @@ def check_same_vocabulary(base: PreTrainedModel, tuned: PreTrainedModel) -> None
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    inputs = {name: tensor.to(input_device(model)) for name, tensor in batch.inputs.items()}
     return model(**inputs, use_cache=False).logits
 
 

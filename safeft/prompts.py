@@ -168,6 +168,15 @@ class Batch:
         return self.is_prompt & (from_end <= (1 if choice == "last_prompt" else self.tail))
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its tokens; one that is kept elsewhere between uses says so itself."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    if place is None:
+        return model.device
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
 def batches(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],

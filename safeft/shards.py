@@ -229,25 +229,31 @@ def read(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
     return whole if len(shape_of(weight)) > 1 else whole[:, 0]
 
 
-def check_offsets(weight: Tensor) -> None:
-    """Prove by a gather that a DTensor's part lies where its placements seem to say.
+def check_offsets(weights: Sequence[Tensor]) -> None:
+    """Prove by a gather that DTensors' parts lie where their placements seem to say.
 
-    All processes of its mesh must call it.
+    All processes of their meshes must call it; one gather for each shape and placement.
 
     Raises:
-        FreezeError: It does not.
+        FreezeError: They do not.
     """
-    if not _is_dtensor(weight):
-        return
+    proven: set[Any] = set()
+    for weight in weights:
+        if _is_dtensor(weight):
+            kind = (weight.shape, getattr(weight, "placements", None))
+            if kind not in proven:
+                proven.add(kind)
+                _check_placement(weight)
+
+
+def _check_placement(weight: Any) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     (block,) = live(weight).blocks
-    mesh: Any = weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    placements: Any = weight.placements  # pyright: ignore[reportAttributeAccessIssue]
     for dim, size in enumerate(weight.shape):
         first, count = ((block.row, block.rows), (block.column, block.columns))[dim]
         along = []
-        for placement in placements:
+        for placement in weight.placements:
             if getattr(placement, "dim", None) != dim:
                 along.append(Replicate())
             elif type(placement) is Shard:
@@ -256,13 +262,18 @@ def check_offsets(weight: Tensor) -> None:
                 along.append(type(placement)(0, split_factor=placement.split_factor))
         numbers = torch.arange(first, first + count, device=talks_on(weight.device))
         told = DTensor.from_local(
-            numbers, mesh, along, run_check=False, shape=torch.Size([size]), stride=(1,)
+            numbers,
+            weight.device_mesh,
+            along,
+            run_check=False,
+            shape=torch.Size([size]),
+            stride=(1,),
         ).full_tensor()
         if not torch.equal(told.cpu(), torch.arange(size)):
             raise FreezeError(
-                f"A weight of shape {tuple(weight.shape)} placed as {placements} does not lie in "
-                "the order safeft expects, so the wrong rows would be frozen. Use plain FSDP2 or "
-                "DeepSpeed ZeRO."
+                f"A weight of shape {tuple(weight.shape)} placed as {weight.placements} does not "
+                "lie in the order safeft expects, so the wrong rows would be frozen. Use plain "
+                "FSDP2 or DeepSpeed ZeRO."
             )
 
 

@@ -61,7 +61,7 @@ def examine(weight: Any) -> dict[str, Any]:
             block.row : block.row + block.rows, block.column : block.column + block.columns
         ]
         right &= torch.equal(values, expected)
-    check_offsets(weight)
+    check_offsets([weight])
     rows = torch.tensor(sorted({0, weight.shape[0] // 2, weight.shape[0] - 1}))
     some = torch.tensor([1, columns - 1])
     whole = numbered(*weight.shape)

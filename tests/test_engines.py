@@ -211,6 +211,7 @@ def test_a_model_inside_ddp_is_seen_and_a_dtensor_told_from_fsdp(tmp_path: Path)
     try:
         model = nn.Linear(2, 2)
         watch = DDPWatch(model)
+        model(torch.ones(1, 2))  # as in generation
         nn.parallel.DistributedDataParallel(model)(torch.ones(1, 2))
         watch.check()
         assert watch.seen == "DistributedDataParallel"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -282,6 +283,19 @@ def test_statistics_of_three_processes_put_together_are_those_of_one(name: str) 
     whole.statistics = merged([fitter.statistics for fitter in fitters[:2]])
     with pytest.raises(AssertionError):
         assert_same(whole.scores(), wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["contrast", "wanda", "attribution"])
+def test_a_model_that_is_kept_on_disk_gives_the_same_neurons(method: Any, tmp_path: Any) -> None:
+    """What `device_map` does with what fits nowhere else: weights come in only to be used."""
+    sides = (HARMFUL, BENIGN)
+    wanted = locate(tiny_model(), tiny_tokenizer(), *sides, method=method, fraction=0.2)
+    model = tiny_model()
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    found = locate(model, tiny_tokenizer(), *sides, method=method, fraction=0.2)
+    assert dict(found.indices) == dict(wanted.indices)
+    assert found.hash == wanted.hash
 
 
 def test_moments_of_one_sample_do_not_vary() -> None:

@@ -112,7 +112,7 @@ class SafetyFreezeCallback(TrainerCallback):
     @classmethod
     def from_pretrained(cls, folder: str | Path, mode: Mode = "freeze", **settings: Any) -> Self:
         """The callback for a saved set."""
-        return cls(NeuronSet.from_pretrained(folder), mode, **settings)
+        return cls(folder, mode, **settings)
 
     def on_init_end(
         self,
@@ -174,8 +174,7 @@ class SafetyFreezeCallback(TrainerCallback):
             self._prepare(args, model)
         assert self._pin is not None
         plan = together(lambda: self._plan_again(args, model, optimizer))
-        for hold in plan.holds:
-            check_offsets(hold.parameter)
+        check_offsets([hold.parameter for hold in plan.holds])
         self.plan, self._model = plan, plain_model(model)
         self._state, self._optimizer = state, optimizer
         moved = self._pin.install(innermost(optimizer), plan.holds)

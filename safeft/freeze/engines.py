@@ -203,9 +203,10 @@ class DDPWatch:
         self._handle: RemovableHandle | None = model.register_forward_pre_hook(self._look)
 
     def _look(self, *_: object) -> None:
-        wrapper = DistributedDataParallel._get_active_ddp_module()
-        self.seen = None if wrapper is None else type(wrapper).__name__
-        self.remove()
+        # Trainers that generate run the model unwrapped before they train it wrapped.
+        if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+            self.seen = type(wrapper).__name__
+            self.remove()
 
     def remove(self) -> None:
         """Stop looking."""

@@ -26,7 +26,7 @@ from safeft.locators.variance import VarianceFitter
 from safeft.locators.wanda import WandaFitter
 from safeft.neurons import NeuronSet
 from safeft.processes import from_first, gathered, rank, ranks
-from safeft.prompts import Prompt, PromptLike, as_prompts, batches
+from safeft.prompts import Prompt, PromptLike, as_prompts, batches, input_device
 from safeft.shards import is_split
 from safeft.sites import Kind, Site, find_sites
 
@@ -192,7 +192,7 @@ def score(
                 tokenizer,
                 ready,
                 batch_size=batch_size,
-                device=model.device,
+                device=input_device(model),
                 max_length=max_length,
                 chat_template=chat_template,
                 description=f"locating, {side} prompts",
