@@ -4,8 +4,8 @@
     python benchmarks/engines.py --only exactness   # or overhead
 
 Two real processes on the CPU per engine (one for `single`); wrapper class, engine and world size
-are what the run itself says. Overhead is paired: in turn one training with and one without, of
-the same model in the same process pair, 5% of the MLP neurons frozen.
+are what the run itself says. Overhead is paired within one training: blocks of steps with mask and
+pin and without, in turn, 5% of the MLP neurons frozen.
 """
 
 from __future__ import annotations
@@ -70,21 +70,27 @@ def exactness(engine: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def overhead(engine: str, folder: Path, pairs: int, steps: int) -> dict[str, Any]:
-    """Median ratio of step times, with to without, in turn."""
-    settings = {"max_steps": steps, "logging_steps": 100, "per_device_train_batch_size": 8}
-    cells = []
-    for pair in range(pairs):
-        with_set = Cell(f"with-{pair}", set="share", shape=WIDE, settings=settings)
-        without = Cell(f"without-{pair}", set=None, shape=WIDE, settings=settings)
-        cells += [with_set, without] if pair % 2 else [without, with_set]
-    reports = launch(engine, folder, [Cell("warm", shape=WIDE, settings=settings), *cells])
-    seconds = {name: ranks[0]["step_seconds"] for name, ranks in reports.items()}
-    ratios = [seconds[f"with-{n}"] / seconds[f"without-{n}"] for n in range(pairs)]
+    """Ratio of step times, with to without, over neighbouring blocks of one training."""
+    settings = {
+        "max_steps": (2 * pairs + 1) * steps,
+        "logging_steps": 10000,
+        "per_device_train_batch_size": 32,  # 384 tokens a step and process
+    }
+    cell = Cell("toggle", set="share", shape=WIDE, settings=settings, toggle=steps)
+    report = launch(engine, folder, [cell])["toggle"][0]
+    if not report["exact"] or report["frozen_changed"]:
+        raise SystemExit(f"{engine}: the timed training was not exact")
+    seconds = report["seconds"]
+    blocks = [statistics.median(seconds[i : i + steps]) for i in range(0, len(seconds), steps)]
+    ratios = []
+    for first in range(1, len(blocks) - 1, 2):  # each block without, against those around it
+        ratios.append((blocks[first - 1] + blocks[first + 1]) / 2 / blocks[first])
+    ratios = ratios[1:]  # the first is warming up
     return {
         "engine": engine,
         "ratio_median": statistics.median(ratios),
         "ratios": ratios,
-        "step_seconds": statistics.median(seconds[f"without-{n}"] for n in range(pairs)),
+        "step_seconds": statistics.median(blocks[1::2]),
     }
 
 
@@ -93,8 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--only", choices=["exactness", "overhead"])
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/engines.json")
     given = parser.parse_args()
     found = json.loads(given.output.read_text()) if given.output.is_file() else {}

@@ -24,6 +24,7 @@ class Cell:
         targets: Modules of LoRA; by default all.
         aside: Freeze a set that none of the trained weights belongs to.
         kill: ("between" or "within" saves, at which step, which rank or -1 for all): SIGKILL.
+        toggle: Take mask and pin off and put them on again every so many steps, to time both.
         tamper: After training, change weights in one rank and certify again.
     """
 
@@ -44,3 +45,4 @@ class Cell:
     targets: tuple[str, ...] = ()
     aside: bool = False
     kill: tuple[str, int, int] | None = None
+    toggle: int = 0

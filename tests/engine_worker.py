@@ -116,6 +116,25 @@ class Killer(TrainerCallback):
         trainer._save_optimizer_and_scheduler = cut
 
 
+class Toggle(TrainerCallback):
+    """Blocks of steps without and with mask and pin, in turn and in one training: paired times.
+
+    The last block is one with, which puts back what the others let go.
+    """
+
+    def __init__(self, callback: Any, steps: int) -> None:
+        self.callback, self.steps = callback, steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps:
+            return
+        pin = self.callback._pin
+        pin.remove()
+        if state.global_step // self.steps % 2 == 0:
+            pin._handles = [pin._register(n, hold) for n, hold in enumerate(pin._holds)]
+            pin._handles.append(pin._optimizer.register_step_post_hook(pin._after_step))
+
+
 def resume_of(cell: Cell, folder: Path) -> str | None:
     """The path to resume from."""
     place, _, last = cell.resume.partition(" ")
@@ -222,6 +241,8 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
                 **settings,
             )
             watch.trainer = trainer
+            if cell.toggle:
+                trainer.callback_handler.callbacks.insert(0, Toggle(callbacks[0], cell.toggle))
             if cell.kill is not None:
                 killer = Killer(*cell.kill)
                 trainer.add_callback(killer)
@@ -235,6 +256,7 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
             report |= watch.seen
             return report
     report |= watch.seen
+    report["seconds"] = watch.seconds
     report["step_seconds"] = statistics.median(watch.seconds[2:] or watch.seconds)
     logs = trainer.state.log_history
     report["losses"] = [row["loss"] for row in logs if "loss" in row]
