@@ -10,13 +10,15 @@ class Cell:
 
     Attributes:
         broken: ``pin``: nothing is put back. ``mask``: no hook is registered. ``mask_fill``: hooks
-            fire and change nothing.
+            fire and change nothing. ``early``: hooks go onto the parameters the trainer was built
+            with, as they do in code that registers them before the engine wraps the model.
         set: Of tests/freezing.py; None trains without the callback.
         resume: Checkpoint to resume from, below the launch's folder; ``CELL/run last`` takes the
             newest whole one there, as ``--resume_from_checkpoint last`` does.
         shape: Overrides of the tiny model.
         engine: Overrides of the engine's configuration.
         settings: Overrides of the training arguments.
+        mode: Hold the set, or train nothing else.
         hold: Groups held beside the neurons.
         load: Load the model with `from_pretrained` while the engine is on, as scripts do: FSDP2
             then loads in one process, ZeRO-3 partitions as it loads.
@@ -32,7 +34,7 @@ class Cell:
     tuning: Literal["full", "lora"] = "full"
     dtype: Literal["float32", "bfloat16"] = "float32"
     accumulation: int = 1
-    broken: Literal["", "pin", "mask", "mask_fill"] = ""
+    broken: Literal["", "pin", "mask", "mask_fill", "early"] = ""
     set: str | None = "large"
     resume: str = ""
     shape: dict[str, Any] | None = None
@@ -46,3 +48,4 @@ class Cell:
     aside: bool = False
     kill: tuple[str, int, int] | None = None
     toggle: int = 0
+    mode: Literal["freeze", "train_only"] = "freeze"

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa:
 from transformers import AutoModelForCausalLM, TrainerCallback, training_args  # noqa: E402
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
 
+from safeft import SafetyFreezeCallback  # noqa: E402
 from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze import pin as pin_module  # noqa: E402
 from safeft.freeze.resume import last_complete  # noqa: E402
@@ -193,6 +194,12 @@ def broken(cell: Cell) -> ExitStack:
             return torch.zeros(1, requires_grad=True).register_hook(lambda g: g)
 
         stack.enter_context(patch.object(pin_module.Pin, "_register", none))
+    elif cell.broken == "early":
+
+        def before(self: Any, *_: Any) -> Any:
+            return self.plan
+
+        stack.enter_context(patch.object(SafetyFreezeCallback, "_plan_again", before))
     elif cell.broken == "mask_fill":
 
         def mask(self: Any, number: int, dim: int, entries: Any) -> Any:
@@ -216,7 +223,7 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     watch = Watch()
     callbacks: list[Any] = [watch]
     if cell.set is not None:
-        callbacks.insert(0, freeze(model, indices_of(cell), hold=cell.hold))
+        callbacks.insert(0, freeze(model, indices_of(cell), hold=cell.hold, mode=cell.mode))
     home = folder / cell.name
     settings: dict[str, Any] = {
         "max_steps": 3,
@@ -329,7 +336,7 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
     else:
         now = state_of(AutoModelForCausalLM.from_pretrained(tuned))
     indices = indices_of(cell) if cell.set and not cell.aside else {}
-    masks = frozen_entries(base, indices, "freeze")
+    masks = frozen_entries(base, indices, cell.mode)
     shares = {}
     changed = 0
     for name, mask in masks.items():

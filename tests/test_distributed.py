@@ -29,6 +29,8 @@ EVERYWHERE = [
     Cell("best", settings=SAVE | BEST | {"max_steps": 4}),
     Cell("checkpointing", settings={"gradient_checkpointing": True}),
     Cell("norms", hold=("norms",)),
+    Cell("only", mode="train_only"),
+    Cell("only-lora", "lora", mode="train_only"),
     Cell("odd", shape=ODD),
     Cell("odd-bf16", dtype="bfloat16", shape=ODD),
     Cell("rank1", "lora", rank=1),  # one row of A over two processes: none in one of them
@@ -53,6 +55,7 @@ APART = [
     Cell("nothing", "lora", set="small", targets=("k_proj",), aside=True),
     Cell("nothing-plain", "lora", set=None, targets=("k_proj",)),
     Cell("neutered", broken="mask_fill"),
+    Cell("early", broken="early"),
 ]
 BROKEN = [cell for part in ("pin", "mask") for cell in broken(part) if cell.accumulation == 1]
 TAMPERED = [Cell("tampered", tamper=True), Cell("tampered-lora", "lora", tamper=True)]
@@ -129,6 +132,16 @@ def test_without_masks_no_process_gets_past_the_first_step(run: Any) -> None:
         if cell.broken == "mask":
             for report in reports[cell.name]:
                 assert "did not fire in the first step" in report["error"]
+
+
+def test_hooks_set_before_wrapping_are_lost_under_fsdp_and_every_process_says_so(run: Any) -> None:
+    """FSDP2 puts new parameters in the place of the old ones; the others keep theirs."""
+    engine, _, reports = run
+    for report in reports["early"]:
+        if engine == "fsdp2":
+            assert "None of the 10 gradient masks fired in the first step" in report["error"]
+        else:
+            assert report["error"] is None
 
 
 def test_clipping_never_sees_frozen_coordinates(run: Any) -> None:

@@ -228,7 +228,7 @@ def test_without_the_pin_weight_decay_moves_frozen_neurons(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case("Trainer", "full", optimizer, "fp32", 1, "fresh")
-    monkeypatch.setattr(Pin, "pin", lambda self: None)
+    monkeypatch.setattr("safeft.freeze.pin._Piece.put_back", lambda self: None)
     model = base_of(case)
     base = state_of(model)
     trainer = build(case, model, [freeze(model, LARGE)], tmp_path)
@@ -244,7 +244,7 @@ def test_without_decay_and_moments_the_mask_alone_would_do(
 ) -> None:
     """So the failures above are the decay's, and the pin is what stops it."""
     case = Case("Trainer", "full", "sgd", "fp32", 1, "fresh")
-    monkeypatch.setattr(Pin, "pin", lambda self: None)
+    monkeypatch.setattr("safeft.freeze.pin._Piece.put_back", lambda self: None)
     model = base_of(case)
     base = state_of(model)
     build(case, model, [freeze(model, LARGE)], tmp_path).train()
@@ -261,7 +261,7 @@ def test_without_the_pin_a_resumed_larger_set_is_refused(
     ).train()
     model = base_of(case)
     trainer = build(case, model, [freeze(model, LARGE)], tmp_path, max_steps=4)
-    monkeypatch.setattr(Pin, "pin", lambda self: None)
+    monkeypatch.setattr("safeft.freeze.pin._Piece.put_back", lambda self: None)
     with pytest.raises(FreezeError, match="not bit-identical to the base at the start"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -271,7 +271,7 @@ def test_without_the_pin_lora_columns_are_refused_at_the_start(
 ) -> None:
     """A starts at random values, and A[:, C] = 0 is the pin's doing."""
     case = Case("Trainer", "lora", "adamw", "fp32", 1, "fresh")
-    monkeypatch.setattr(Pin, "pin", lambda self: None)
+    monkeypatch.setattr("safeft.freeze.pin._Piece.put_back", lambda self: None)
     model = base_of(case)
     with pytest.raises(FreezeError, match=r"down_proj\.lora_A\.default\.weight columns\[1\]"):
         build(case, model, [freeze(model, SMALL)], tmp_path).train()
@@ -293,7 +293,7 @@ def test_without_the_mask_clipping_sees_the_frozen_gradient(
     removed = masked["safeft/grad_norm_removed"]
     assert removed > 0.1
 
-    def count_only(self: Pin, number: int) -> Any:
+    def count_only(self: Pin, number: int, *_: Any) -> Any:
         def hook(_: Any) -> None:
             self.fired[number] += 1
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from safeft.commands.loading import on_any_device
 from safeft.commands.parsing import parse
 from safeft.commands.training import SafetyArguments, run
 
@@ -11,4 +12,7 @@ def main(arguments: Sequence[str]) -> int:
     from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
 
     kinds = (SafetyArguments, ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)
-    return run(DPOTrainer, *parse(kinds, arguments, "dpo", "TRL's dpo, with neurons frozen."))
+    return run(
+        DPOTrainer,
+        *parse(kinds, on_any_device(arguments), "dpo", "TRL's dpo, with neurons frozen."),
+    )

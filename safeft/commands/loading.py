@@ -1,6 +1,7 @@
 """Models and tokenizers by name, for the commands; what goes wrong is said in a sentence."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ def join_processes() -> None:
     from accelerate import PartialState
 
     PartialState(cpu=not torch.cuda.is_available())
+
+
+def on_any_device(arguments: Sequence[str]) -> list[str]:
+    """Arguments of a training that several processes run, also where there is no accelerator.
+
+    There, accelerate takes each process for one alone unless it is told to talk over gloo.
+    """
+    import torch
+
+    given = list(arguments)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.accelerator.is_available():
+        return given
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    elif "--ddp_backend" not in given:
+        given += ["--ddp_backend", "gloo"]
+    return given
 
 
 def shard(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from safeft.commands.loading import on_any_device
 from safeft.commands.parsing import parse
 from safeft.commands.training import SafetyArguments, run
 
@@ -11,4 +12,7 @@ def main(arguments: Sequence[str]) -> int:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
     kinds = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
-    return run(SFTTrainer, *parse(kinds, arguments, "sft", "TRL's sft, with neurons frozen."))
+    return run(
+        SFTTrainer,
+        *parse(kinds, on_any_device(arguments), "sft", "TRL's sft, with neurons frozen."),
+    )

@@ -209,7 +209,7 @@ class Pin:
     def _after_step(self, *_: Any) -> None:
         stepped = list(self._just_stepped())
         if self.measuring:
-            self._drifts += [piece.drift() for _, piece in stepped if len(piece.local)]
+            self._drifts += [piece.drift() for _, piece in stepped]
         for number, piece in stepped:
             piece.put_back()
             self._stepped.add(number)
@@ -226,13 +226,6 @@ class Pin:
             for piece in pieces:
                 if flat is None or piece.open().untyped_storage().data_ptr() in flat:
                     yield number, piece
-
-    @torch.no_grad()
-    def pin(self) -> None:
-        """Put every held slice back to where it was."""
-        for pieces in self._pieces:
-            for piece in pieces:
-                piece.put_back()
 
     @torch.no_grad()
     def _clear_moments(self, optimizer: torch.optim.Optimizer) -> None:
@@ -259,7 +252,7 @@ class Pin:
             if expected and count == 0:
                 raise FreezeError(
                     f"The gradient mask of {hold.name} did not fire in the first step although the "
-                    "parameter has a gradient: something replaced the parameter or its hooks after "
+                    "parameter is trained: something replaced the parameter or its hooks after "
                     "training began. The neurons would not be frozen, so training stops here."
                 )
         if masked and not any(count for _, count in masked):
@@ -289,11 +282,11 @@ class Pin:
 
     def report(self) -> dict[str, Any]:
         """What this process stores of the held slices, and whether each bit is where it was."""
-        pieces = [piece for pieces in self._pieces for piece in pieces if len(piece.local)]
-        values = [piece.now() for piece in pieces]
+        pieces = [piece for pieces in self._pieces for piece in pieces]
+        counts = [piece.open().numel() // piece.open().shape[piece.dim] for piece in pieces]
         return {
-            "weights": sum(value.numel() for value in values),
-            "sha256": bytes_hash(values),
+            "weights": sum(len(p.local) * count for p, count in zip(pieces, counts, strict=True)),
+            "sha256": bytes_hash(piece.now() for piece in pieces),
             "exact": not any(piece.moved() for piece in pieces),
         }
 
