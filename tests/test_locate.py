@@ -298,6 +298,13 @@ def test_a_model_that_is_kept_on_disk_gives_the_same_neurons(method: Any, tmp_pa
     assert found.hash == wanted.hash
 
 
+def test_weights_gradients_cannot_be_read_where_weights_are_sharded() -> None:
+    model = tiny_model()
+    model.model.norm.weight.ds_tensor = torch.ones(1)  # as ZeRO-3 marks what it partitions
+    with pytest.raises(ConfigError, match="`snip` reads weights' gradients.*use `attribution`"):
+        SnipFitter(model, find_sites(model))
+
+
 def test_moments_of_one_sample_do_not_vary() -> None:
     moments = Moments()
     moments.update(torch.tensor([[1.0, 2.0]]))

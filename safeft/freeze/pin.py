@@ -274,7 +274,7 @@ class Pin:
                 "as torch's do, and weight decay would move the neurons. Use adamw_torch."
             )
         for number, (hold, pieces) in enumerate(zip(self._holds, self._pieces, strict=True)):
-            if pieces and number not in self._stepped:
+            if pieces and number not in self._stepped and hold.parameter.requires_grad:
                 raise FreezeError(
                     f"The optimizer stepped and {hold.name} was not pinned: the engine steps on a "
                     "copy of it that safeft did not see, and weight decay would move the neurons."
