@@ -3,6 +3,8 @@
 This module imports nothing heavy, so that ``safeft --help`` answers at once.
 """
 
+import atexit
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -51,13 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safeft.errors import SafeftError
 
     try:
-        return int(import_module(f"safeft.commands.{verb}").main(rest))
+        return _end(int(import_module(f"safeft.commands.{verb}").main(rest)))
     except SafeftError as error:
         print(f"safeft {verb}: error: {error}", file=sys.stderr)
-        return 2
+        return _end(2)
     except BrokenPipeError:  # The reader (`| head`) has seen enough.
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
         print(f"safeft {verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _end(code: int) -> int:
+    """Among other processes, end here and now; alone, just give the code back.
+
+    Threads of gloo may abort the interpreter's last clean-up, and a launcher takes that for a
+    failure of a run whose files are all written.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()  # trackers finish their runs there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
