@@ -44,12 +44,14 @@ class AttributionFitter:
         self._openings = torch.tensor(sorted(set(openings)))
         self._prefix = tuple(prefix)
         self._by_writer = {site.writes.module: site.name for site in sites.values()}
-        self.statistics: Statistics = {
-            (kind, side, name): Moments()
-            for kind in ("activation", "gradient")
-            for side in ("harmful", "benign")
-            for name in sites
-        }
+        self.statistics = Statistics(
+            {
+                (kind, side, name): Moments()
+                for kind in ("activation", "gradient")
+                for side in ("harmful", "benign")
+                for name in sites
+            }
+        )
 
     def update(self, side: Side, batch: Batch) -> None:
         """One forward and backward pass over ``batch``; its answers, if any, are left out."""
@@ -65,8 +67,8 @@ class AttributionFitter:
 
         def observe(writer: str, inputs: Tensor) -> None:
             name = self._by_writer[writer]
-            gather(self._seen("activation", side, name))(inputs)
-            inputs.register_hook(gather(self._seen("gradient", side, name)))
+            gather(self.statistics.moments("activation", side, name))(inputs)
+            inputs.register_hook(gather(self.statistics.moments("gradient", side, name)))
 
         with input_gradients(self._model):
             with watch_inputs(self._model, list(self._by_writer), observe):
@@ -86,14 +88,9 @@ class AttributionFitter:
             {name: self._score(site) for name, site in self._sites.items()}, None, "plain"
         )
 
-    def _seen(self, kind: str, side: Side, name: str) -> Moments:
-        found = self.statistics[kind, side, name]
-        assert isinstance(found, Moments)
-        return found
-
     def _score(self, site: Site) -> Tensor:
         def mean(kind: str, side: Side) -> Tensor:
-            found = self._seen(kind, side, site.name).mean
+            found = self.statistics.moments(kind, side, site.name).mean
             return found.unflatten(0, (-1, site.units, site.width))
 
         harmful, benign = mean("activation", "harmful"), mean("activation", "benign")

@@ -31,9 +31,9 @@ class ContrastFitter:
         self._model, self._sites = model, sites
         self._tokens: TokenChoice = tokens
         self._by_writer = {site.writes.module: site.name for site in sites.values()}
-        self.statistics: Statistics = {
-            (side, name): Moments() for side in ("harmful", "benign") for name in sites
-        }
+        self.statistics = Statistics(
+            {(side, name): Moments() for side in ("harmful", "benign") for name in sites}
+        )
 
     @torch.no_grad()
     def update(self, side: Side, batch: Batch) -> None:
@@ -41,7 +41,8 @@ class ContrastFitter:
         chosen = batch.choose(self._tokens)
 
         def observe(writer: str, inputs: Tensor) -> None:
-            self._seen(side, self._by_writer[writer]).update(inputs[chosen.to(inputs.device)])
+            seen = self.statistics.moments(side, self._by_writer[writer])
+            seen.update(inputs[chosen.to(inputs.device)])
 
         with watch_inputs(self._model, list(self._by_writer), observe):
             forward(self._model, batch)
@@ -50,14 +51,9 @@ class ContrastFitter:
         """Each side's share of the layer's writing."""
         return Scores(self._shares("harmful"), self._shares("benign"), "exclude")
 
-    def _seen(self, side: Side, name: str) -> Moments:
-        found = self.statistics[side, name]
-        assert isinstance(found, Moments)
-        return found
-
     def _shares(self, side: Side) -> dict[str, Tensor]:
         shares = {}
         for name, site in self._sites.items():
-            importance = contributions(self._model, site, self._seen(side, name).mean)
+            importance = contributions(self._model, site, self.statistics.moments(side, name).mean)
             shares[name] = importance / importance.sum().clamp(min=torch.finfo(torch.double).tiny)
         return shares

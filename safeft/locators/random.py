@@ -16,7 +16,7 @@ class RandomFitter:
 
     def __init__(self, sites: Mapping[str, Site], seed: int) -> None:
         self._sites, self._seed = sites, seed
-        self.statistics: Statistics = {}
+        self.statistics = Statistics()
 
     def update(self, side: Side, batch: Batch) -> None:
         """Nothing to take up."""

@@ -103,21 +103,37 @@ class Moments:
         return self._squares / max(1, self.count - 1)
 
 
-Statistics: TypeAlias = dict[Any, Moments | Tensor]
+class Statistics(dict[Any, Moments | Tensor]):
+    """What a fitter gathered, by name: moments, and sums as tensors."""
+
+    def moments(self, *key: str) -> Moments:
+        """The moments of that name."""
+        found = self[key]
+        assert isinstance(found, Moments)
+        return found
+
+    def total(self, *key: str) -> Tensor:
+        """The sum of that name."""
+        found = self[key]
+        assert isinstance(found, Tensor)
+        return found
+
+    def add(self, values: Tensor, *key: str) -> None:
+        """Take ``values`` up into the sum of that name."""
+        known = self.get(key)
+        self[key] = known + values.to(known.device) if isinstance(known, Tensor) else values
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
     """Statistics of several processes as one: moments by Chan's rule, tensors summed."""
-    whole: Statistics = {}
+    whole = Statistics()
     for part in parts:
         for key, value in part.items():
-            known = whole.setdefault(key, Moments() if isinstance(value, Moments) else value)
             if isinstance(value, Moments):
-                assert isinstance(known, Moments)
-                known.merge(value)
-            elif known is not value:
-                assert isinstance(known, Tensor)
-                whole[key] = known + value.to(known.device)
+                whole.setdefault(key, Moments())
+                whole.moments(*key).merge(value)
+            else:
+                whole.add(value, *key)
     return whole
 
 

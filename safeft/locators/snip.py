@@ -32,9 +32,9 @@ class SnipFitter:
             for part in site.parts
             if is_matrix(model, part)
         }
-        self.statistics: Statistics = {
-            (side, "batches"): torch.zeros(()) for side in ("harmful", "benign")
-        }
+        self.statistics = Statistics(
+            {(side, "batches"): torch.zeros(()) for side in ("harmful", "benign")}
+        )
         if any(is_split(parameter) for parameter in model.parameters()):
             raise ConfigError(
                 "`snip` reads weights' gradients, which FSDP and ZeRO-3 reduce and shard as they "
@@ -50,31 +50,28 @@ class SnipFitter:
             def reduce(weight: Tensor, gradient: Tensor) -> None:
                 product = (weight.detach() * gradient).abs().double()
                 entries = product.sum(1 if part.axis == "rows" else 0)
-                key = (side, module)
-                found = per_unit(part, entries, units)
-                self.statistics[key] = self._sum(key) + found if key in self.statistics else found
+                self.statistics.add(per_unit(part, entries, units), side, module)
 
             return reduce
 
         reducers = {module: reducer(module) for module in self._parts}
         with gradients_of(self._model, reducers):
             response_loss(forward(self._model, batch, keep_logits=0), batch).backward()
-        self.statistics[side, "batches"] = self._sum((side, "batches")) + 1
+        self.statistics.add(torch.ones(()), side, "batches")
 
     def scores(self) -> Scores:
         """Each side's mean over batches; units of the utility top are left out when selecting."""
         return Scores(self._means("harmful"), self._means("benign"), "exclude")
 
-    def _sum(self, key: tuple[Side, str]) -> Tensor:
-        found = self.statistics[key]
-        assert isinstance(found, Tensor)
-        return found
-
     def _means(self, side: Side) -> dict[str, Tensor]:
         return {
             name: torch.stack(
-                [self._sum((side, p.module)) for p in site.parts if p.module in self._parts]
+                [
+                    self.statistics.total(side, part.module)
+                    for part in site.parts
+                    if part.module in self._parts
+                ]
             ).sum(0)
-            / max(1, int(self._sum((side, "batches"))))
+            / max(1, int(self.statistics.total(side, "batches")))
             for name, site in self._sites.items()
         }

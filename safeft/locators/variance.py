@@ -23,6 +23,6 @@ class VarianceFitter(ContrastFitter):
         found = {}
         for name, site in self._sites.items():
             columns = weight_of(self._model, site.writes.module).double().square().sum(0)
-            fluctuation = self._seen(side, name).variance.to(columns) * columns
+            fluctuation = self.statistics.moments(side, name).variance.to(columns) * columns
             found[name] = fluctuation.unflatten(0, (site.units, site.width)).sum(1)
         return found

@@ -37,7 +37,7 @@ class WandaFitter:
             for part in site.parts
             if is_matrix(model, part)
         }
-        self.statistics: Statistics = {}
+        self.statistics = Statistics()
 
     @torch.no_grad()
     def update(self, side: Side, batch: Batch) -> None:
@@ -45,10 +45,7 @@ class WandaFitter:
 
         def observe(module: str, inputs: Tensor) -> None:
             squares = inputs[batch.is_response.to(inputs.device)].double().square_().sum(0)
-            known = self.statistics.get((side, module))
-            self.statistics[side, module] = (
-                known + squares if isinstance(known, Tensor) else squares
-            )
+            self.statistics.add(squares, side, module)
 
         with watch_inputs(self._model, list(self._parts), observe):
             forward(self._model, batch)
@@ -68,7 +65,5 @@ class WandaFitter:
 
     def _entries(self, side: Side, part: Part) -> Tensor:
         weight = weight_of(self._model, part.module).double().abs()
-        squares = self.statistics[side, part.module]
-        assert isinstance(squares, Tensor)
-        norms = squares.sqrt().to(weight)
+        norms = self.statistics.total(side, part.module).sqrt().to(weight)
         return weight @ norms if part.axis == "rows" else weight.sum(0) * norms
