@@ -1,4 +1,4 @@
-"""Progress bars for long work: tqdm on the first process only, silent elsewhere."""
+"""What a launcher says of this process, and progress bars, which the first one alone shows."""
 
 import os
 from collections.abc import Iterable
@@ -12,6 +12,11 @@ T = TypeVar("T")
 def is_main_process() -> bool:
     """Whether this process is the one that speaks and writes (rank 0, or the only one)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def launched() -> int:
+    """How many processes the launcher started; known before any of them has joined the others."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

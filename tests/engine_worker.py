@@ -8,7 +8,6 @@ and PEFT, against slices written down by hand in tests/freezing.py.
 import json
 import os
 import signal
-import statistics
 import sys
 import time
 from contextlib import ExitStack
@@ -264,13 +263,9 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
             return report
     report |= watch.seen
     report["seconds"] = watch.seconds
-    report["step_seconds"] = statistics.median(watch.seconds[2:] or watch.seconds)
     logs = trainer.state.log_history
     report["losses"] = [row["loss"] for row in logs if "loss" in row]
     report["grad_norms"] = [float(row["grad_norm"]) for row in logs if "grad_norm" in row]
-    report["removed"] = [
-        row["safeft/grad_norm_removed"] for row in logs if "safeft/grad_norm_removed" in row
-    ]
     if cell.set is not None:
         report["run"] = dict(callbacks[0].certificate.run)
         report["restored"] = callbacks[0]._restored

@@ -71,7 +71,9 @@ def _end(code: int) -> int:
     Threads of gloo may abort the interpreter's last clean-up, and a launcher takes that for a
     failure of a run whose files are all written.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    from safeft.progress import launched
+
+    if launched() > 1:
         atexit._run_exitfuncs()  # trackers finish their runs there
         sys.stdout.flush()
         sys.stderr.flush()

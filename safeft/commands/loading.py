@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from safeft.errors import ConfigError
+from safeft.progress import launched
 
 
 def join_processes() -> None:
     """Join the other processes of an ``accelerate launch`` or torchrun; alone, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched() == 1:
         return
     import torch
     from accelerate import PartialState
@@ -26,7 +27,7 @@ def on_any_device(arguments: Sequence[str]) -> list[str]:
     import torch
 
     given = list(arguments)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.accelerator.is_available():
+    if launched() == 1 or torch.accelerator.is_available():
         return given
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")

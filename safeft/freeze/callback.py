@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from safeft.freeze.plan import Group, Mode, Plan, make_plan
 from safeft.freeze.relay import add_scalars, add_source
 from safeft.neurons import NeuronSet
 from safeft.processes import rank, ranks, same_everywhere, together
+from safeft.progress import launched
 from safeft.shards import check_offsets, keeper
 from safeft.sites import plain_model, plain_name
 
@@ -88,7 +88,7 @@ class SafetyFreezeCallback(TrainerCallback):
             given = isinstance(neurons, NeuronSet)
             self.neurons: NeuronSet = neurons if given else NeuronSet.from_pretrained(neurons)
         except SafeftError as error:
-            if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            if launched() == 1:
                 raise
             self._unread = error  # said by all processes at once, where the trainer is built
         self.mode: Mode = mode

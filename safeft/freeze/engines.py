@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from safeft.errors import FreezeError
 from safeft.processes import ranks
+from safeft.progress import launched
 from safeft.shards import keeper
 from safeft.sites import plain_model
 
@@ -87,7 +88,7 @@ def asked_engine(args: Any) -> str:
         version = os.environ.get("FSDP_VERSION", "1")
     if version is not None:
         return "fsdp1" if str(version) == "1" else "fsdp2"
-    asked = max(int(os.environ.get("WORLD_SIZE", "1")), int(getattr(args, "world_size", 1)))
+    asked = max(launched(), int(getattr(args, "world_size", 1)))
     return "ddp" if asked > 1 else "single"
 
 

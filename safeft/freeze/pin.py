@@ -113,6 +113,7 @@ class Pin:
         """Cut the base to what is stored here, write it everywhere, and keep what is pinned."""
         assert self._base is not None
         tally = torch.zeros(len(self._holds), 3, dtype=torch.int64)
+        wanted: list[int] = []
         for number, (hold, base) in enumerate(zip(self._holds, self._base, strict=True)):
             stored = copies(hold.parameter)
             if base is not None:
@@ -126,14 +127,13 @@ class Pin:
                     piece.put_back()
             tally[number, 1] = _weights(hold, stored[0])
             tally[number, 2] = _weights(hold, stored[-1])
+            wanted.append(len(hold.entries) * stored[0].shape[1 - hold.dim])
         self._base = None
         tally = summed(tally)
-        for hold, *found in zip(self._holds, *tally[:, 1:].T.tolist(), strict=True):
-            shape = live(hold.parameter).shape
-            wanted = len(hold.entries) * shape[1 - hold.dim]
-            if found != [wanted, wanted]:
+        for hold, all_of_it, found in zip(self._holds, wanted, tally[:, 1:].tolist(), strict=True):
+            if found != [all_of_it, all_of_it]:
                 raise FreezeError(
-                    f"{hold.name}: of the {wanted} weights to hold, {found[0]} are stored and "
+                    f"{hold.name}: of the {all_of_it} weights to hold, {found[0]} are stored and "
                     f"{found[1]} are stepped on in the {ranks()} processes of this run, so some "
                     "would be trained unseen. Layers may be spread over processes (pipeline "
                     "parallelism), or groups of processes may hold models of their own. Use DDP, "
