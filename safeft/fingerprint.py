@@ -10,7 +10,7 @@ from torch import nn
 from safeft.errors import FingerprintError
 from safeft.files import sha256
 from safeft.sites import Site, find_sites, plain_model
-from safeft.weights import ModelWeights, Weights, part_tensors
+from safeft.weights import ModelWeights, Weights
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class ModelFingerprint:
 def layout_hash(sites: Mapping[str, Site], weights: Weights) -> str:
     """SHA-256 over what makes two models' neurons the same places: names, units, shapes."""
     rows = [
-        [site.name, site.units, part.axis, part.share, name, list(weights.shape(name) or ())]
+        [site.name, site.units, axis, *where, name, list(weights.shape(name) or ())]
         for site in sites.values()
         for part in site.parts
-        for name in part_tensors(weights, part)
+        for where in [(part.share, part.width, part.first, part.step, part.run, part.gap)]
+        for name, axis in part.tensors
     ]
     return sha256(json.dumps(rows).encode())
 

@@ -1,78 +1,53 @@
 """What this process stores of a weight: the only file that knows where engines keep weights.
 
-A plain parameter is stored whole; a DTensor (FSDP2, tensor parallelism) as one rectangle; DeepSpeed
-ZeRO as a range of the flattened weight, which is up to three rectangles, and beside it a master
-copy in float32 that the optimizer really steps on. Everything above works on rectangles.
+A plain parameter is stored whole; a DTensor (FSDP2, tensor parallelism) as one part; DeepSpeed
+ZeRO as a range of the flattened weight, and beside it a master copy in float32 that the optimizer
+really steps on. Everything above works on boxes of a stack of matrices (:mod:`safeft.blocks`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from math import prod
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from safeft.blocks import Axis, Block, Form, Lines, flat_blocks, form_of, length_of, take
 from safeft.errors import FreezeError
 from safeft.processes import flat_bytes, rank, ranks, talks_on
-
-Axis: TypeAlias = Literal["rows", "columns"]
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """A rectangle of a weight, stored in this process.
-
-    Attributes:
-        row: The weight's row its first element is in.
-        column: The weight's column its first element is in.
-        rows: How many rows it has.
-        columns: How many columns; 1 for a vector.
-        open: Gives the stored tensor, ``(rows, columns)`` or ``(rows,)``: writing to it writes to
-            the weight. Asked for anew each time, since engines replace their buffers.
-    """
-
-    row: int
-    column: int
-    rows: int
-    columns: int
-    open: Callable[[], Tensor]
-
-    def inside(self, axis: Axis, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Which ``entries`` lie in this block: their positions among them, their numbers here."""
-        first, count = (self.row, self.rows) if axis == "rows" else (self.column, self.columns)
-        found = ((entries >= first) & (entries < first + count)).nonzero().flatten()
-        return found, entries[found] - first
-
-    def across(self, axis: Axis) -> tuple[int, int]:
-        """From where to where this block reaches along the other axis."""
-        if axis == "rows":
-            return self.column, self.column + self.columns
-        return self.row, self.row + self.rows
-
-
-@dataclass(frozen=True, eq=False)
 class Shard:
-    """All blocks of one weight in this process.
+    """What of one weight is in this process.
 
     Attributes:
-        shape: The whole weight's shape as a matrix; a vector has one column.
+        form: The whole weight's.
         blocks: What of it is here; may be nothing.
+        open: Gives the stored tensor that the blocks are boxes of: writing to it writes to the
+            weight. Asked for anew each time, since engines replace their buffers.
         split: Whether the rest is in other processes; if not, every process has all of it.
         counts: Whether this process's blocks are the ones that count (a replica's do not).
         dtype: In which it is stored.
         device: Where.
     """
 
-    shape: tuple[int, int]
+    form: Form
     blocks: tuple[Block, ...]
+    open: Callable[[], Tensor]
     split: bool
     counts: bool
     dtype: torch.dtype
     device: torch.device
+
+    def lines(self, axis: Axis, entries: Tensor) -> list[Lines]:
+        """Those of the entries that are here, box by box, on the weight's device."""
+        found = [block.lines(axis, entries, self.form) for block in self.blocks]
+        return [lines.to(self.device) for lines in found if lines.weights]
 
 
 def shape_of(weight: Tensor) -> tuple[int, ...]:
@@ -96,54 +71,68 @@ def is_split(weight: Tensor) -> bool:
     return hasattr(weight, "ds_tensor") or _is_dtensor(weight)
 
 
-def live(weight: Tensor) -> Shard:
+def live(weight: Tensor, form: Form | None = None) -> Shard:
     """Where the model's own weight is stored: what it computes with.
+
+    Args:
+        weight: A parameter of any engine.
+        form: As what to see it; by default as :func:`safeft.blocks.form_of` says.
 
     Raises:
         FreezeError: A kind of tensor or a placement that safeft does not know.
     """
-    shape = _matrix(shape_of(weight))
+    form = form or form_of(shape_of(weight))
     if hasattr(weight, "ds_tensor"):
-        return _partition(weight, shape)
+        return _partition(weight, form)
     if _is_dtensor(weight):
-        return _placed(weight, shape)
+        return _placed(weight, form)
     if type(weight) not in _PLAIN_TYPES:
         raise FreezeError(
             f"A weight is a {type(weight).__module__}.{type(weight).__name__}, a kind of tensor "
             "whose storage safeft does not know; pinning it would be a guess. Load the model "
             "in float32, bfloat16 or float16, and train it under DDP, FSDP2 or DeepSpeed ZeRO."
         )
-    whole = Block(0, 0, *shape, lambda: weight)
-    return Shard(shape, (whole,), False, rank() == 0, weight.dtype, weight.device)
+    if not weight.is_contiguous():
+        raise FreezeError(
+            f"A weight of shape {tuple(weight.shape)} is stored with strides {weight.stride()}, "
+            "so its rows cannot be addressed in place. Make it contiguous before training "
+            "(parameter.data = parameter.data.contiguous())."
+        )
+    whole = (Block((0, 0, 0), form),)
+    return Shard(form, whole, lambda: weight, False, rank() == 0, weight.dtype, weight.device)
 
 
-def master(weight: Tensor) -> Shard:
+def master(weight: Tensor, form: Form | None = None) -> Shard:
     """Where the optimizer keeps the weight: ZeRO's float32 copy, or the weight itself."""
     found = _fragment(weight)
     if found is None:
-        return live(weight)
+        return live(weight, form)
     flat, start = found
-    shape = _matrix(shape_of(weight))
-    blocks = tuple(flat_blocks(flat, start, shape)) if flat is not None else ()
-    device = flat.device if flat is not None else weight.device
-    return Shard(shape, blocks, True, True, torch.float32, device)
+    form = form or form_of(shape_of(weight))
+    if flat is None:
+        return _range(torch.empty(0, device=weight.device), 0, form, torch.float32)
+    return _range(flat, start, form, torch.float32)
 
 
-def copies(weight: Tensor) -> list[Shard]:
+def copies(weight: Tensor, form: Form | None = None) -> list[Shard]:
     """Every place a weight is stored in, the master last."""
-    found = [live(weight)]
+    found = [live(weight, form)]
     status = str(getattr(getattr(weight, "ds_status", None), "name", ""))
     if hasattr(weight, "ds_tensor") and status == "AVAILABLE":
         # ZeRO-3 keeps small parameters gathered between steps.
-        shape = _matrix(shape_of(weight))
-        whole = Block(0, 0, *shape, lambda: weight.data)
-        found.append(Shard(shape, (whole,), False, False, weight.dtype, weight.device))
+        form = form or form_of(shape_of(weight))
+        whole = (Block((0, 0, 0), form),)
+        found.append(
+            Shard(form, whole, lambda: weight.data, False, False, weight.dtype, weight.device)
+        )
     if _fragment(weight) is not None:
-        found.append(master(weight))
+        found.append(master(weight, form))
     return found
 
 
-def moments(weight: Tensor, optimizer: torch.optim.Optimizer) -> list[Shard]:
+def moments(
+    weight: Tensor, optimizer: torch.optim.Optimizer, form: Form | None = None
+) -> list[Shard]:
     """The optimizer's running averages of a weight, as far as they have its shape."""
     fragment = _fragment(weight)
     shape = shape_of(weight)
@@ -151,7 +140,7 @@ def moments(weight: Tensor, optimizer: torch.optim.Optimizer) -> list[Shard]:
         states = optimizer.state.get(weight, {}).values()
         # Quantised states are other subclasses, which cannot be cut; the pin covers them.
         usable = (Tensor, *_dtensor_type())
-        return [live(s) for s in states if type(s) in usable and tuple(s.shape) == shape]
+        return [live(s, form) for s in states if type(s) in usable and tuple(s.shape) == shape]
     flat, start = fragment
     if flat is None:
         return []
@@ -163,40 +152,12 @@ def moments(weight: Tensor, optimizer: torch.optim.Optimizer) -> list[Shard]:
         for value in states.values():
             if isinstance(value, Tensor) and value.shape == owner.shape:
                 part = value.narrow(0, first, flat.numel())
-                blocks = tuple(flat_blocks(part, start, _matrix(shape)))
-                found.append(Shard(_matrix(shape), blocks, True, True, value.dtype, value.device))
+                found.append(_range(part, start, form or form_of(shape), value.dtype))
     return found
 
 
-def flat_blocks(flat: Tensor, start: int, shape: tuple[int, int]) -> Iterator[Block]:
-    """A range of a flattened matrix as rectangles: a begun row, whole rows, a last begun row.
-
-    Args:
-        flat: ``(numbers,)``, from number ``start`` of the matrix on; what lies beyond its end is
-            padding.
-        start: Number of its first element in the flattened matrix.
-        shape: The matrix's.
-
-    Example:
-        >>> [(b.row, b.column, b.rows, b.columns) for b in flat_blocks(torch.zeros(6), 2, (4, 3))]
-        [(0, 2, 1, 1), (1, 0, 1, 3), (2, 0, 1, 2)]
-    """
-    rows, columns = shape
-    end = min(start + flat.numel(), rows * columns)
-    at = start
-    while at < end:
-        row, column = divmod(at, columns)
-        if column == 0 and end - at >= columns:
-            height, width = (end - at) // columns, columns
-        else:
-            height, width = 1, min(columns - column, end - at)
-        view = flat.narrow(0, at - start, height * width).view(height, width)
-        yield Block(row, column, height, width, partial(_same, view))
-        at += height * width
-
-
 @torch.no_grad()
-def read(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
+def read(weight: Tensor, axis: Axis, entries: Tensor, form: Form | None = None) -> Tensor:
     """Rows of a weight, or its columns transposed, put together over processes.
 
     Every process that holds a part of the weight must call it: the parts are summed as bits, each
@@ -206,27 +167,27 @@ def read(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
         weight: A parameter of any engine.
         axis: What ``entries`` count.
         entries: int64 ``(entries,)``.
+        form: As what to see the weight; by default as :func:`safeft.blocks.form_of` says.
 
     Returns:
         ``(entries, ...)``, a copy; on the weight's device, or wherever processes talk.
     """
+    shape = shape_of(weight)
     if not is_split(weight):
-        entries = entries.to(weight.device)
-        picked = weight.detach().index_select(0 if axis == "rows" else 1, entries)
-        return picked if axis == "rows" else picked.T.contiguous()
-    shard = live(weight)
-    across = shard.shape[1 if axis == "rows" else 0]
-    whole = torch.zeros(len(entries), across, dtype=shard.dtype, device=talks_on(shard.device))
+        detached = weight.detach()
+        return take(detached if form is None else detached.reshape(form), axis, entries)
+    form = form or form_of(shape, axis)
+    shard = live(weight, form)
+    whole = torch.zeros(
+        len(entries), length_of(form, axis), dtype=shard.dtype, device=talks_on(shard.device)
+    )
     if shard.counts:
-        for block in shard.blocks:
-            found, local = block.inside(axis, entries)
-            first, last = block.across(axis)
-            values = block.open().detach().view(block.rows, block.columns)
-            values = values.index_select(0 if axis == "rows" else 1, local.to(values.device))
-            values = values if axis == "rows" else values.T
-            whole[found.to(whole.device), first:last] = values.to(whole.device)
+        for lines in shard.lines(axis, entries):
+            first, last = lines.block.across(axis)
+            values = lines.lie_down(lines.get(shard.open().detach()))
+            whole[lines.found.to(whole.device), first:last] = values.to(whole.device)
     dist.all_reduce(flat_bytes(whole))
-    return whole if len(shape_of(weight)) > 1 else whole[:, 0]
+    return whole[:, 0] if len(shape) < 2 or axis == "numbers" else whole
 
 
 def check_offsets(weights: Sequence[Tensor]) -> None:
@@ -249,9 +210,9 @@ def check_offsets(weights: Sequence[Tensor]) -> None:
 def _check_placement(weight: Any) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    (block,) = live(weight).blocks
+    sizes, offsets = _local_place(weight)
     for dim, size in enumerate(weight.shape):
-        first, count = ((block.row, block.rows), (block.column, block.columns))[dim]
+        first, count = offsets[dim], sizes[dim]
         along = []
         for placement in weight.placements:
             if getattr(placement, "dim", None) != dim:
@@ -277,17 +238,10 @@ def _check_placement(weight: Any) -> None:
             )
 
 
-def _same(view: Tensor) -> Tensor:
-    return view
-
-
-def _matrix(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) > 2:
-        raise FreezeError(
-            f"A weight has {len(shape)} dimensions {tuple(shape)}; there is no rule for its rows "
-            "and columns yet."
-        )
-    return (shape[0] if shape else 1, shape[1] if len(shape) == 2 else 1)
+def _range(flat: Tensor, start: int, form: Form, dtype: torch.dtype) -> Shard:
+    """A range of the flattened weight, of which every process has another."""
+    blocks = tuple(flat_blocks(start, flat.numel(), form))
+    return Shard(form, blocks, lambda: flat, True, True, dtype, flat.device)
 
 
 def _dtensor_type() -> tuple[type, ...]:
@@ -302,9 +256,17 @@ def _is_dtensor(weight: Tensor) -> bool:
     return hasattr(weight, "placements") and isinstance(weight, _dtensor_type())
 
 
-def _placed(weight: Any, shape: tuple[int, int]) -> Shard:
-    from torch.distributed.tensor import Replicate
+def _local_place(weight: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and offsets of a DTensor's part in this process, per dimension."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(
+        weight.shape, weight.device_mesh, weight.placements
+    )
+
+
+def _placed(weight: Any, form: Form) -> Shard:
+    from torch.distributed.tensor import Replicate
 
     mesh = weight.device_mesh
     coordinate = mesh.get_coordinate()
@@ -314,26 +276,35 @@ def _placed(weight: Any, shape: tuple[int, int]) -> Shard:
                 f"A weight is placed as {weight.placements}, of which {placement} says of no row "
                 "where it is. Use FSDP2, tensor parallelism or DDP."
             )
+
+    def stored() -> Tensor:
+        return weight._local_tensor
+
     if coordinate is None:
-        return Shard(shape, (), True, False, weight.dtype, weight.device)
-    sizes, offsets = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
-    rows, columns = _matrix(sizes)
-    block = Block(
-        offsets[0],
-        offsets[1] if len(offsets) > 1 else 0,
-        rows,
-        columns,
-        lambda: weight._local_tensor,
-    )
+        return Shard(form, (), stored, True, False, weight.dtype, weight.device)
+    sizes, offsets = _local_place(weight)
+    if sizes[1:] == tuple(weight.shape[1:]):
+        # Cut along its first dimension: a range of the flattened weight, whatever its form.
+        start = (offsets[0] if offsets else 0) * prod(sizes[1:])
+        blocks = tuple(flat_blocks(start, prod(sizes), form))
+    elif form == form_of(weight.shape):
+        first = (*(0,) * (3 - len(offsets)), *offsets)
+        blocks = (Block((first[0], first[1], first[2]), form_of(sizes)),)
+    else:
+        raise FreezeError(
+            f"A weight of shape {tuple(weight.shape)} is placed as {weight.placements}, and seen "
+            f"as {form} its parts lie in pieces. Shard it along its first dimension (FSDP2 does), "
+            "or use DeepSpeed ZeRO."
+        )
     replica = any(
         isinstance(placement, Replicate) and at
         for placement, at in zip(weight.placements, coordinate, strict=True)
     )
     counts = not replica and bool((mesh.mesh == 0).any())
-    return Shard(shape, (block,), True, counts, weight.dtype, block.open().device)
+    return Shard(form, blocks, stored, True, counts, weight.dtype, stored().device)
 
 
-def _partition(weight: Any, shape: tuple[int, int]) -> Shard:
+def _partition(weight: Any, form: Form) -> Shard:
     part = weight.ds_tensor
     group = weight.ds_process_group
     if weight.ds_secondary_tensor is not None or dist.get_world_size(group) != ranks():
@@ -347,8 +318,8 @@ def _partition(weight: Any, shape: tuple[int, int]) -> Shard:
             "ZeRO-3 keeps the weights on NVMe, where they cannot be pinned. Offload to the CPU, or "
             "not at all (offload_param.device)."
         )
-    blocks = tuple(flat_blocks(part.data, start, shape))
-    return Shard(shape, blocks, True, True, part.dtype, part.device)
+    blocks = tuple(flat_blocks(start, part.numel(), form))
+    return Shard(form, blocks, lambda: part.data, True, True, part.dtype, part.device)
 
 
 def _fragment(weight: Any) -> tuple[Tensor | None, int] | None:

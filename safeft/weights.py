@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from safeft.blocks import Axis, count_of, form_of, take
 from safeft.errors import ArtefactError
-from safeft.shards import Axis, is_split, read, shape_of
-from safeft.sites import Part, Site, dense, plain_model, plain_name
+from safeft.shards import read, shape_of
+from safeft.sites import Site, dense, is_quantised, plain_model, plain_name
 
 _BLOCK_BYTES = 64 * 2**20
 
@@ -57,6 +58,10 @@ class ModelWeights:
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(found, Tensor) and found.is_meta and offloaded is not None:
             return offloaded[leaf]  # accelerate keeps it on the CPU or on disk between uses
+        if leaf == "weight" and is_quantised(module) and not module.weight.is_meta:
+            from peft.utils.integrations import dequantize_module_weight
+
+            return dequantize_module_weight(module)
         return found if isinstance(found, Tensor) else None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -66,21 +71,20 @@ class ModelWeights:
 
     def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
         """See :class:`Weights`."""
-        found = self._find(name)
-        if found is None:
-            raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
+        found = self._required(name)
         _check_bounds(name, shape_of(found), axis, entries)
         return read(found, axis, entries).cpu()
 
     @torch.no_grad()
-    def whole(self, name: str) -> Tensor:
-        """All of a weight, detached, on the device it lives on; gathered where it is sharded."""
+    def lines(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
+        """As :meth:`read`, on the device the weight lives on."""
+        return read(self._required(name), axis, entries)
+
+    def _required(self, name: str) -> Tensor:
         found = self._find(name)
         if found is None:
             raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
-        if not is_split(found):
-            return found.detach()
-        return read(found, "rows", torch.arange(shape_of(found)[0]))
+        return found
 
     def names(self) -> list[str]:
         """See :class:`Weights`."""
@@ -160,6 +164,19 @@ class CheckpointWeights:
         """See :class:`Weights`."""
         weight = self._slice(name)
         _check_bounds(name, tuple(weight.get_shape()), axis, entries)
+        form = form_of(weight.get_shape(), axis)
+        if len(weight.get_shape()) > 3:
+            return take(weight[:], axis, entries)
+        if len(weight.get_shape()) == 3 or axis == "numbers":
+            lines = form[2 if axis == "columns" else 1]
+            numbers, counts = torch.unique_consecutive(entries // lines, return_counts=True)
+            parts = [
+                take(weight[matrix : matrix + 1], axis, some % lines)
+                for matrix, some in zip(
+                    numbers.tolist(), entries.split(counts.tolist()), strict=True
+                )
+            ]
+            return torch.cat(parts) if parts else take(weight[0:0], axis, entries)
         if axis == "rows":
             runs = [weight[first : last + 1] for first, last in runs_of(entries)]
             return torch.cat(runs) if runs else weight[0:0]
@@ -242,15 +259,9 @@ class DistributedCheckpointWeights:
         return self._last[1]
 
 
-def take(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
-    """Rows of ``weight``, or its columns transposed: ``(entries, ...)``, a copy."""
-    picked = weight.index_select(0 if axis == "rows" else 1, entries.to(weight.device))
-    return picked if axis == "rows" else picked.T.contiguous()
-
-
 def _check_bounds(name: str, shape: tuple[int, ...], axis: Axis, entries: Tensor) -> None:
     """A slice of safetensors ends where the data ends, without a word; here it is an error."""
-    size = shape[0 if axis == "rows" else 1]
+    size = count_of(form_of(shape, axis), axis)
     if len(entries) and not 0 <= int(entries.min()) <= int(entries.max()) < size:
         raise ArtefactError(
             f"{name!r} has {size} {axis}, but {axis} {int(entries.min())} to {int(entries.max())} "
@@ -269,14 +280,6 @@ def runs_of(entries: Tensor) -> list[tuple[int, int]]:
     return runs
 
 
-def part_tensors(weights: Weights, part: Part) -> list[str]:
-    """Names of the weights a part lies in: the matrix, and the bias of the rows it reads with."""
-    names = [f"{part.module}.weight"]
-    if part.axis == "rows" and weights.shape(f"{part.module}.bias") is not None:
-        names.append(f"{part.module}.bias")
-    return names
-
-
 def digests(weights: Weights, site: Site, units: Sequence[int]) -> tuple[int, ...]:
     """One 64-bit BLAKE2b digest per unit of all weights the unit lives in, as signed integers.
 
@@ -286,14 +289,13 @@ def digests(weights: Weights, site: Site, units: Sequence[int]) -> tuple[int, ..
     chosen = torch.tensor(units, dtype=torch.long)
     hashes = [hashlib.blake2b(digest_size=8) for _ in units]
     for part in site.parts:
-        blocks = chosen.div(part.share, rounding_mode="floor")
-        distinct, which = torch.unique(blocks, return_inverse=True)
-        if not len(distinct):
+        table = part.table(site.units)[chosen]
+        entries, which = torch.unique(table, return_inverse=True)
+        if not len(entries):
             continue
-        entries = part.entries(chosen)
-        for name in part_tensors(weights, part):
-            rounded = weights.read(name, part.axis, entries).to(torch.bfloat16).contiguous()
-            rows = rounded.view(torch.int16).reshape(len(distinct), -1).numpy()
-            for unit_hash, row in zip(hashes, which.tolist(), strict=True):
-                unit_hash.update(rows[row].tobytes())
+        for name, axis in part.tensors:
+            rounded = weights.read(name, axis, entries).to(torch.bfloat16).contiguous()
+            rows = rounded.view(torch.int16).reshape(len(entries), -1)
+            for unit_hash, of_unit in zip(hashes, which, strict=True):
+                unit_hash.update(rows[of_unit].numpy().tobytes())
     return tuple(int.from_bytes(h.digest(), "little", signed=True) for h in hashes)

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 
+from safeft.blocks import form_of  # noqa: E402
 from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze.pin import Pin  # noqa: E402
 from safeft.freeze.plan import Hold  # noqa: E402
@@ -56,11 +57,9 @@ def examine(weight: Any) -> dict[str, Any]:
     columns = weight.shape[1]
     right = True
     for block in shard.blocks:
-        values = block.open().detach()
-        expected = numbered(*weight.shape)[
-            block.row : block.row + block.rows, block.column : block.column + block.columns
-        ]
-        right &= torch.equal(values, expected)
+        box = tuple(slice(a, a + n) for a, n in zip(block.first, block.size, strict=True))
+        expected = numbered(*weight.shape)[box[1:]]
+        right &= torch.equal(block.view(shard.open().detach())[0], expected)
     check_offsets([weight])
     rows = torch.tensor(sorted({0, weight.shape[0] // 2, weight.shape[0] - 1}))
     some = torch.tensor([1, columns - 1])
@@ -75,8 +74,8 @@ def pinned(model: Any) -> bool:
     before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
     rows = torch.tensor([0, 3, model.up.weight.shape[0] - 1])
     holds = [
-        Hold("up", model.up.weight, "rows", rows, False, "s"),
-        Hold("down", model.down.weight, "columns", rows, False, "s"),
+        Hold("up", model.up.weight, "rows", rows, False, form_of(model.up.weight.shape)),
+        Hold("down", model.down.weight, "columns", rows, False, form_of(model.down.weight.shape)),
     ]
     pin = Pin(holds)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import safeft.capture
-from safeft.capture import CaptureError, capture, silence, watch_inputs
+from safeft.capture import CaptureError, Seen, capture, silence, tap
 from safeft.errors import SafeftError
 from safeft.neurons import NeuronSet
 from safeft.prompts import Batch, as_prompts, batches
-from safeft.sites import find_sites
+from safeft.sites import Part, find_sites
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
 
 MLP, HEADS = "model.layers.1.mlp", "model.layers.0.self_attn"
+DOWN = Part(f"{MLP}.down_proj", "columns")
 PROMPTS = as_prompts(["Hi", {"prompt": "How do I bake bread?", "response": "With flour"}, "Why?"])
 
 
@@ -94,7 +95,7 @@ def test_padding_sides_give_the_same_activations(choice: str) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda model: watch_inputs(model, [f"{MLP}.down_proj"], lambda _, __: None),
+        lambda model: tap(model, [DOWN], lambda _, __: None),
         lambda model: capture(model, find_sites(model)),
         lambda model: silence(model, {MLP: (1,)}, find_sites(model)),
     ],
@@ -120,18 +121,18 @@ def test_hooks_are_gone_after_success_and_after_errors(
 def test_an_observer_that_fails_leaves_no_hook() -> None:
     model = tiny_model()
 
-    def fail(_: str, __: Tensor) -> None:
+    def fail(_: str, __: Seen) -> None:
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), watch_inputs(model, [f"{MLP}.down_proj"], fail):
+    with pytest.raises(ZeroDivisionError), tap(model, [DOWN], fail):
         logits(model, batch_of())
     assert hooks_of(model) == 0
 
 
 def test_a_wrong_name_leaves_no_hook() -> None:
     model = tiny_model()
-    names = [f"{MLP}.down_proj", "model.layers.7.mlp.down_proj"]
-    with pytest.raises(AttributeError), watch_inputs(model, names, lambda _, __: None):
+    parts = [DOWN, Part("model.layers.7.mlp.down_proj", "columns")]
+    with pytest.raises(AttributeError), tap(model, parts, lambda _, __: None):
         pass
     assert hooks_of(model) == 0
 

@@ -12,9 +12,9 @@ from safeft.freeze.adapters import (
     check_adapter_settings,
     check_adapters,
     check_fresh,
+    factors_of,
     is_factor,
     learning_factors,
-    lora_factors,
     zero_axis,
 )
 from tests.freezing import lora, model_of
@@ -53,10 +53,6 @@ def test_plain_lora_is_accepted(settings: Any) -> None:
         (lora(init_lora_weights="pissa_niter_2"), "pissa_niter_2"),
         (lora(init_lora_weights="olora"), "olora"),
         (lora(init_lora_weights="mica"), "mica"),
-        (
-            lora(target_modules=None, target_parameters=["mlp.up_proj.weight"]),
-            "target_parameters=.*not the plain product",
-        ),
         (OFTConfig(target_modules=["up_proj"]), "OFT.*Use LoRA or rsLoRA"),
         (LoHaConfig(target_modules=["up_proj"]), "LOHA"),
         (
@@ -103,11 +99,11 @@ def test_a_model_without_adapters_has_no_configs() -> None:
 
 def test_rows_are_rows_of_b_and_columns_are_columns_of_a() -> None:
     model = get_peft_model(model_of(), lora())
-    found = {axis: lora_factors(layer(model), UP, axis) for axis in ("rows", "columns")}
-    assert [name for name, _ in found["rows"]] == [f"{UP}.lora_B.default.weight"]
-    assert [name for name, _ in found["columns"]] == [f"{UP}.lora_A.default.weight"]
-    assert found["rows"][0][1] is layer(model).lora_B["default"].weight
-    assert lora_factors(model_of().get_submodule(UP), UP, "rows") == []
+    found = {axis: factors_of(layer(model), UP, "weight", axis) for axis in ("rows", "columns")}
+    assert [factor.name for factor in found["rows"]] == [f"{UP}.lora_B.default.weight"]
+    assert [factor.name for factor in found["columns"]] == [f"{UP}.lora_A.default.weight"]
+    assert found["rows"][0].parameter is layer(model).lora_B["default"].weight
+    assert factors_of(model_of().get_submodule(UP), UP, "weight", "rows") == []
 
 
 def test_only_adapters_in_training_count() -> None:
@@ -116,7 +112,7 @@ def test_only_adapters_in_training_count() -> None:
     for name, parameter in model.named_parameters():
         if ".ref." in name:
             parameter.requires_grad_(False)
-    assert [name for name, _ in lora_factors(layer(model), UP, "rows")] == [
+    assert [factor.name for factor in factors_of(layer(model), UP, "weight", "rows")] == [
         f"{UP}.lora_B.default.weight"
     ]
 
@@ -124,7 +120,7 @@ def test_only_adapters_in_training_count() -> None:
 def test_a_factor_is_held_even_where_only_its_partner_trains() -> None:
     model = get_peft_model(model_of(), lora(init_lora_weights=False))
     layer(model).lora_B["default"].weight.requires_grad_(False)
-    assert [name for name, _ in lora_factors(layer(model), UP, "rows")] == [
+    assert [factor.name for factor in factors_of(layer(model), UP, "weight", "rows")] == [
         f"{UP}.lora_B.default.weight"
     ]
 
@@ -132,10 +128,10 @@ def test_a_factor_is_held_even_where_only_its_partner_trains() -> None:
 def test_a_layer_that_is_no_plain_lora_is_refused() -> None:
     dora = get_peft_model(model_of(), lora(use_dora=True))
     with pytest.raises(FreezeError, match=r"LoRA variant \(\['default'\]\)"):
-        lora_factors(layer(dora), UP, "rows")
+        factors_of(layer(dora), UP, "weight", "rows")
     other = get_peft_model(model_of(), LoHaConfig(target_modules=["up_proj"]))
     with pytest.raises(FreezeError, match="which is no LoRA layer safeft knows"):
-        lora_factors(layer(other), UP, "rows")
+        factors_of(layer(other), UP, "weight", "rows")
 
 
 def test_fresh_adapters_pass_and_trained_ones_do_not() -> None:
@@ -175,5 +171,5 @@ def test_names_tell_factors_and_those_the_update_vanishes_with() -> None:
 def test_a_column_does_not_own_the_bias_of_b() -> None:
     config = lora(lora_bias=True, target_modules=["down_proj"])
     module = layer(get_peft_model(model_of(mlp_bias=True), config), "model.layers.0.mlp.down_proj")
-    assert len(learning_factors(module, "rows")) == 3
-    assert len(learning_factors(module, "columns")) == 2
+    assert len(learning_factors(module, "weight", "rows")) == 3
+    assert len(learning_factors(module, "weight", "columns")) == 2

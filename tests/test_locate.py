@@ -9,7 +9,7 @@ import torch
 from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import safeft.locators
 import safeft.locators.openings as openings_module
@@ -528,8 +528,8 @@ def test_an_unknown_method_is_refused(untouchable: PreTrainedModel) -> None:
 
 
 def test_an_unknown_model_type_is_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=300))
-    with pytest.raises(UnsupportedModelError, match="gpt2"):
+    model = T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=9, num_heads=2))
+    with pytest.raises(UnsupportedModelError, match="t5"):
         locate(model, tiny_tokenizer(), HARMFUL, BENIGN)
 
 

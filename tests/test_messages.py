@@ -36,9 +36,9 @@ def from_another_type() -> Any:
 
 
 def unknown_type() -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=261))
+    model = T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=9, num_heads=2))
     return model, SafetyFreezeCallback(neurons_of(model_of()))
 
 
@@ -93,7 +93,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[SafeftError], str]] = {
         "llama, 104 units.*llama, 136 units",
     ),
     "another type": (from_another_type, {}, FingerprintError, "llama.*qwen2.*Locate in this model"),
-    "unknown type": (unknown_type, {}, UnsupportedModelError, "'gpt2'.*Supported: .*llama"),
+    "unknown type": (unknown_type, {}, UnsupportedModelError, "'t5'.*Supported: .*llama"),
     "empty set": (empty_set, {}, FreezeError, "holds no neuron.*larger fraction"),
     "mode": (wished(mode="thaw"), {}, ConfigError, "mode='thaw' is not one of freeze, train_only"),
     "hold": (

@@ -18,7 +18,6 @@ from safeft.weights import (
     DistributedCheckpointWeights,
     ModelWeights,
     digests,
-    part_tensors,
     runs_of,
     take,
 )
@@ -214,7 +213,7 @@ def test_take() -> None:
 def test_part_tensors_take_the_bias_of_rows_only() -> None:
     model = tiny_model(attention_bias=True, mlp_bias=True)
     site = find_sites(model)["model.layers.0.self_attn"]
-    names = [name for part in site.parts for name in part_tensors(ModelWeights(model), part)]
+    names = [name for part in site.parts for name, _ in part.tensors]
     assert [name.removeprefix("model.layers.0.self_attn.") for name in names] == [
         "q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias",
         "v_proj.weight", "v_proj.bias", "o_proj.weight",
@@ -249,7 +248,7 @@ def test_a_digest_follows_each_of_its_units_weights_and_no_other(model_type: str
         units = list(range(site.units))
         before = digests(weights, site, units)
         for part in site.parts:
-            for name in part_tensors(weights, part):
+            for name, _ in part.tensors:
                 tensor = model.get_parameter(name).data
                 axis = 0 if part.axis == "rows" else 1
                 for entry in (0, 9, tensor.shape[axis] - 1):
@@ -325,4 +324,4 @@ def test_weights_that_accelerate_keeps_elsewhere_are_read(tmp_path: Path) -> Non
     name = "model.layers.1.mlp.up_proj.weight"
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(weights.read(name, "rows", torch.tensor([5])), plain[name][[5]])
-    assert torch.equal(torch.as_tensor(weights.whole(name)), plain[name])
+    assert torch.equal(weights.lines(name, "rows", torch.arange(len(plain[name]))), plain[name])

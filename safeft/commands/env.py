@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from safeft.commands.parsing import parse
-from safeft.sites import LAYOUTS
+from safeft.sites import TOWERS, WHOLES
 
 _PACKAGES = ("safeft", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 _MORE = ("safetensors", "tokenizers", "deepspeed", "bitsandbytes", "scikit-learn")
@@ -25,5 +25,5 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{package:<13} {found}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"devices       {', '.join(gpus) or 'cpu'}")
-    print(f"model types   {', '.join(sorted(LAYOUTS))}")
+    print(f"model types   {', '.join(sorted({*TOWERS, *WHOLES}))}")
     return 0

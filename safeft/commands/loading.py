@@ -46,16 +46,15 @@ def shard(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from safeft.processes import ranks
-    from safeft.sites import find_sites, plain_model
+    from safeft.sites import blocks_of
 
     zero3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if ranks() == 1 or not (zero3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
         return
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(kind, (ranks(),))
-    blocks = {site.name.rpartition(".")[0]: None for site in find_sites(model).values()}
-    for block in blocks:
-        fully_shard(plain_model(model).get_submodule(block), mesh=mesh)
+    for block in blocks_of(model).values():
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

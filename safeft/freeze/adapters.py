@@ -1,14 +1,16 @@
 """Adapters: which ones can be held exactly, and which factor holds what."""
 
-from dataclasses import astuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from safeft.blocks import Axis, Form, form_of
 from safeft.errors import FreezeError
-from safeft.shards import Axis, live
-from safeft.sites import LAYOUTS, plain_model
+from safeft.shards import live, shape_of
+from safeft.sites import bare, in_blocks, plain_model
 
 _KEEPS_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights as they are."""
@@ -19,7 +21,6 @@ _PLAIN_SETTINGS = (
     "use_bdlora",
     "alora_invocation_tokens",
     "layer_replication",
-    "target_parameters",
     "velora_config",
     "monteclora_config",
     "arrow_config",
@@ -78,61 +79,138 @@ def check_adapter_settings(config: dict[str, Any], name: str) -> None:
 
 def _check_saved_modules(model: nn.Module) -> None:
     """A full trainable copy of what the neurons live in would learn instead of it."""
-    inside = {"model"}
-    for layout in LAYOUTS.values():
-        for part in astuple(layout):
-            inside |= {part} if isinstance(part, str) else set(part)
     for path, module in plain_model(model).named_modules():
-        last = path.rpartition(".")[2]
         copied = isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
-        if copied and (last in inside or last.isdigit()):
+        if copied and in_blocks(path, module):
             raise FreezeError(
                 f"The adapter trains a full copy of {path} (modules_to_save), beside the weights "
                 "the neurons live in. Target this module with LoRA, or tune fully."
             )
 
 
-def lora_factors(module: nn.Module, name: str, axis: Axis) -> list[tuple[str, nn.Parameter]]:
-    """LoRA parameters of adapters in training whose entries along ``axis`` are the module's own.
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Where in one LoRA factor the rows (or columns) of the weight it adapts lie.
 
-    Rows of W are rows of B (and of its bias), columns of W are columns of A. A factor whose
-    partner trains is listed too where it does not train itself: it has to be zero all the same.
+    Attributes:
+        name: The parameter's name in the plain model.
+        parameter: A or B, or B's bias.
+        axis: What its entries count.
+        form: As what stack of matrices it is seen.
+        outputs: Of B for a stack of experts, how many rows each expert has; 0 elsewhere.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    axis: Axis
+    form: Form
+    outputs: int = 0
+
+    def entries(self, lines: Tensor) -> Tensor:
+        """The entries that carry these rows (or columns) of the adapted weight, sorted."""
+        if not self.outputs:
+            return lines
+        expert = lines.div(self.outputs, rounding_mode="floor")
+        return (lines % self.outputs * self.form[2] + expert).sort().values
+
+
+def factors_of(module: nn.Module, path: str, leaf: str, axis: Axis) -> list[Factor]:
+    """Factors of adapters in training that carry the entries of a weight along ``axis``.
+
+    Rows of W are rows of B (and of its bias), columns of W are columns of A; where a layer stores
+    W the other way round, the other way round. A factor whose partner trains is listed too where
+    it does not train itself: it has to be zero all the same. For a stack of experts PEFT keeps A
+    as ``(experts, rank, in)`` and B as ``(out, rank, experts)``.
 
     Raises:
         FreezeError: The layer carries a variant of LoRA that is not ``s B A``.
     """
-    if getattr(module, "base_layer", None) is None:
-        return []
-    if getattr(module, "lora_variant", None):
+    found: list[Factor] = []
+    for where, layer in _layers(module, path):
+        _check_layer(layer, where)
+        if getattr(layer, "parameter_name", "weight") != leaf:
+            continue
+        if axis == "numbers":
+            raise FreezeError(
+                f"An adapter trains {path}.{leaf}, the biases of a stack of experts, by a product "
+                "that mixes them; single ones cannot be held. Leave it out of target_parameters."
+            )
+        outputs = (axis == "rows") != is_turned(layer)
+        kind = "lora_B" if outputs else "lora_A"
+        for adapter, factor in getattr(layer, kind).items():
+            if not _trains(layer.lora_A[adapter]) and not _trains(layer.lora_B[adapter]):
+                continue
+            for name, parameter in factor.named_parameters():
+                full = f"{where}.{kind}.{adapter}.{name}"
+                found.append(_factor(full, parameter, layer, outputs))
+    return found
+
+
+def _factor(name: str, parameter: nn.Parameter, layer: Any, outputs: bool) -> Factor:
+    shape = shape_of(parameter)
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        return Factor(name, parameter, "rows" if outputs else "columns", form_of(shape))
+    if outputs:
+        return Factor(
+            name, parameter, "columns", (shape[0], shape[1] // experts, experts), shape[0]
+        )
+    return Factor(name, parameter, "columns", (experts, shape[0] // experts, shape[1]))
+
+
+def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """The adapter layers on a module, the outermost first: one for each weight of an experts'."""
+    module = bare(module)
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        yield path, module
+        module, path = bare(base), f"{path}.base_layer"
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """Name of each adapted weight of the plain model, with its adapter layer and where that is."""
+    for path, module in plain_model(model).named_modules():
+        if hasattr(module, "base_layer") and not path.endswith(".base_layer"):
+            for where, layer in _layers(module, path):
+                yield f"{path}.{getattr(layer, 'parameter_name', 'weight')}", (where, layer)
+
+
+def is_turned(layer: Any) -> bool:
+    """Whether the adapted weight is stored as inputs by outputs."""
+    if getattr(layer, "parameter_name", "weight") == "weight":
+        return bool(getattr(layer, "fan_in_fan_out", False))
+    return layer._param_ndim == 3 and not layer._did_swap_in_out_features
+
+
+def _check_layer(layer: nn.Module, name: str) -> None:
+    if variants := getattr(layer, "lora_variant", None):
         raise FreezeError(
-            f"{name} carries a LoRA variant ({list(module.lora_variant)}), whose update is not "  # pyright: ignore
+            f"{name} carries a LoRA variant ({list(variants)}), whose update is not "
             "the plain product s B A. Use plain LoRA or rsLoRA."
         )
-    down, up = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-    if not isinstance(down, nn.ModuleDict) or not isinstance(up, nn.ModuleDict):
+    factors = (getattr(layer, "lora_A", None), getattr(layer, "lora_B", None))
+    if not all(isinstance(factor, nn.ModuleDict) for factor in factors):
         raise FreezeError(
-            f"{name} is wrapped by {type(module).__name__}, which is no LoRA layer safeft knows; "
+            f"{name} is wrapped by {type(layer).__name__}, which is no LoRA layer safeft knows; "
             "its update cannot be held exactly. Use plain LoRA on Linear layers."
         )
-    kind, factors = ("lora_B", up) if axis == "rows" else ("lora_A", down)
-    return [
-        (f"{name}.{kind}.{adapter}.{leaf}", parameter)
-        for adapter, factor in factors.items()
-        if _trains(down[adapter]) or _trains(up[adapter])
-        for leaf, parameter in factor.named_parameters()
-    ]
 
 
-def learning_factors(module: nn.Module, axis: Axis) -> list[nn.Parameter]:
-    """The LoRA parameters that may learn where some entries of ``module`` along ``axis`` do.
+def learning_factors(module: nn.Module, leaf: str, axis: Axis) -> list[nn.Parameter]:
+    """The LoRA parameters that may learn where some entries of a weight along ``axis`` do.
 
-    B has a bias where PEFT's ``lora_bias`` is set; it belongs to rows, so no column owns it.
+    B has a bias where PEFT's ``lora_bias`` is set; it belongs to outputs, so no unit that writes
+    with this weight owns it.
     """
-    return [
-        parameter
-        for name, parameter in module.named_parameters()
-        if name.startswith("lora_") and not (axis == "columns" and name.endswith(".bias"))
-    ]
+    found: list[nn.Parameter] = []
+    for _, layer in _layers(module, ""):
+        if getattr(layer, "parameter_name", "weight") != leaf:
+            continue
+        outputs = (axis == "rows") != is_turned(layer)
+        for name, parameter in layer.named_parameters():
+            own = name.startswith(("lora_A.", "lora_B."))
+            if own and (outputs or not name.endswith(".bias")):
+                found.append(parameter)
+    return found
 
 
 def _trains(module: nn.Module) -> bool:
@@ -184,4 +262,4 @@ def _learned(parameter: nn.Parameter) -> bool:
     """Whether any number of it that this process stores is not zero."""
     if parameter.is_meta:
         return False
-    return any(bool(block.open().any()) for block in live(parameter).blocks)
+    return bool(live(parameter).open().any())

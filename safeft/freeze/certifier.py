@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safeft.blocks import count_of, form_of
 from safeft.errors import FreezeError
 from safeft.freeze.certificate import (
     Certificate,
@@ -100,7 +101,9 @@ class Certifier:
     def _read(self, piece: Slice) -> Tensor:
         entries = piece.entries
         if entries is None:
-            entries = torch.arange((self._weights.shape(piece.name) or (0,))[0])
+            shape = self._weights.shape(piece.name)
+            assert shape is not None
+            entries = torch.arange(count_of(form_of(shape), "rows"))
         return self._weights.read(piece.name, piece.axis, entries)
 
     def _base_hashes(self, piece: Slice, casts: bool) -> dict[str, str]:
@@ -115,10 +118,10 @@ def _moved_factors(plan: Plan) -> list[Violation]:
     for hold in plan.holds:
         if not hold.at_zero:
             continue
-        values = read(hold.parameter, hold.axis, hold.entries).cpu()
+        values = read(hold.parameter, hold.axis, hold.entries, hold.form).cpu()
         for entry, changed, gap in differences(torch.zeros_like(values), values):
             index = int(hold.entries[entry])
-            found.append(Violation(hold.name, hold.site, hold.axis, index, changed, gap))
+            found.append(Violation(hold.name, "", hold.axis, index, changed, gap))
     return found
 
 

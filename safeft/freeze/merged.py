@@ -1,37 +1,42 @@
 """A base checkpoint with a LoRA adapter on it, read slice by slice as if it were merged."""
 
-import json
-from collections.abc import Mapping
+import copy
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from safeft.blocks import Axis, take
 from safeft.errors import ArtefactError
-from safeft.freeze.adapters import check_adapter_settings
-from safeft.shards import Axis
+from safeft.freeze.adapters import adapter_layers, check_adapter_settings, is_turned
 from safeft.weights import CheckpointWeights, Weights
 
 _PREFIX = "base_model.model."
-_FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+_NAME = "default"
 
 
 class MergedWeights:
     """``W0 + s B A`` of an adapter folder; see :class:`safeft.weights.Weights`.
 
-    Use as a context manager.
+    Which factors belong to which weight, and how they are multiplied, is what PEFT says of the
+    same adapter on a model without weights. Use as a context manager.
+
+    Args:
+        base: The base's weights.
+        folder: The adapter.
+        shape_model: The base without weights (meta device); it is not changed.
 
     Raises:
         ArtefactError: The folder is damaged, or the adapter does not fit the base.
         FreezeError: An adapter whose effect is not the plain product.
     """
 
-    def __init__(self, base: Weights, folder: Path) -> None:
+    def __init__(self, base: Weights, folder: Path, shape_model: nn.Module) -> None:
         self._base, self._folder = base, folder
         self._files = ExitStack()
-        self._settings = _settings(folder)
+        self._layers = dict(adapter_layers(_on_shapes(folder, shape_model)))
         self._adapter = self._files.enter_context(CheckpointWeights(folder, "adapter_model"))
         self._names = set(self._adapter.names())
         self._other = self._check_names()
@@ -67,7 +72,7 @@ class MergedWeights:
             if saved in self._names:
                 return self._adapter.read(saved, axis, entries)
         base = self._base.read(name, axis, entries)
-        update = self._update(module, leaf, axis, entries)
+        update = self._update(name, axis, entries)
         if update is None:
             return base
         merged = torch.where(update == 0, base, (base.float() + update).to(base.dtype))
@@ -77,62 +82,77 @@ class MergedWeights:
 
     def _check_names(self) -> list[str]:
         """Refuse factors that fit nothing in the base; list what is neither factor nor copy."""
+        expected = {
+            f"{where}.{name.replace(f'.{_NAME}.', '.')}": tuple(parameter.shape)
+            for where, layer in self._layers.values()
+            for name, parameter in layer.named_parameters()
+            if name.startswith(("lora_A.", "lora_B."))
+        }
         other = []
         for saved in sorted(self._names):
             name = saved.removeprefix(_PREFIX)
-            factor = next((end for end in _FACTORS if name.endswith(end)), None)
-            if factor is None:
+            if ".lora_A." not in name and ".lora_B." not in name:
                 if self.shape(name.replace(".base_layer.", ".")) is None:
                     other.append(name)
                 continue
-            shape = self.shape(name.removesuffix(factor) + ".weight") or ()
-            found, dim = self._adapter.shape(saved) or (), 1 if factor == _FACTORS[0] else 0
-            if len(shape) != 2 or found[dim] != shape[dim]:
+            found = self._adapter.shape(saved)
+            if expected.get(name) != found:
                 raise ArtefactError(
                     f"The adapter {str(self._folder)!r} holds {name!r} {found}, which fits no "
-                    f"weight of the base ({shape or 'there is none of that name'}): it was trained "
-                    "on another model. Give the base it was trained on."
+                    f"weight of the base ({expected.get(name) or 'there is none of that name'}): "
+                    "it was trained on another model. Give the base it was trained on."
                 )
         return other
 
-    def _update(self, module: str, leaf: str, axis: Axis, entries: Tensor) -> Tensor | None:
-        a, b = (f"{_PREFIX}{module}{factor}" for factor in _FACTORS[:2])
-        if leaf == "bias":
-            name = f"{_PREFIX}{module}{_FACTORS[2]}"
-            if name not in self._names:
-                return None
-            return self._scale(module) * self._adapter.read(name, axis, entries).float()
-        if a not in self._names and b not in self._names:
+    def _update(self, name: str, axis: Axis, entries: Tensor) -> Tensor | None:
+        module, _, leaf = name.rpartition(".")
+        where, layer = self._layers.get(f"{module}.weight" if leaf == "bias" else name, ("", None))
+        if layer is None:
             return None
-        if axis == "rows":
-            left = self._adapter.read(b, "rows", entries).float()
-            return self._scale(module) * (left @ self._whole(a))
-        columns = self._adapter.read(a, "columns", entries).float()
-        return self._scale(module) * (columns @ self._whole(b).T)
+        scale = float(layer.scaling[_NAME])
+        if leaf == "bias":
+            saved = f"{_PREFIX}{where}.lora_B.bias"
+            if saved not in self._names:
+                return None
+            return scale * self._adapter.read(saved, axis, entries).float()
+        down, up = (self._whole(f"{_PREFIX}{where}.{kind}.weight") for kind in ("lora_A", "lora_B"))
+        experts = getattr(layer, "num_experts", 1)
+        if experts == 1:
+            if (axis == "rows") != is_turned(layer):
+                return scale * (up[entries] @ down)
+            return scale * (down[:, entries].T @ up.T)
+        stacked = down.view(experts, -1, down.shape[1]), up.view(up.shape[0], -1, experts)
+        turned = is_turned(layer)
+        lines = up.shape[0] if (axis == "rows") != turned else down.shape[1]
+        parts = []
+        for expert in torch.unique(entries // lines).tolist():
+            update = scale * (stacked[1][:, :, expert] @ stacked[0][expert])
+            mine = entries[entries // lines == expert] % lines
+            parts.append(take(update.T if turned else update, axis, mine))
+        return torch.cat(parts)
 
     def _whole(self, name: str) -> Tensor:
         shape = self._adapter.shape(name) or (0,)
         return self._adapter.read(name, "rows", torch.arange(shape[0])).float()
 
-    def _scale(self, module: str) -> float:
-        from peft.utils.other import get_pattern_key
 
-        settings = self._settings
+def _on_shapes(folder: Path, shape_model: nn.Module) -> nn.Module:
+    """The adapter as PEFT puts it on this model, without any numbers."""
+    from peft import PeftConfig, PeftModel
 
-        def of(pattern: str, default: str) -> float:
-            found = settings.get(pattern) or {}
-            return found.get(get_pattern_key(list(found), module), settings[default])
-
-        rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
-        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtefactError(
             f"{str(folder)!r}: adapter_config.json cannot be read ({error})."
         ) from error
-    check_adapter_settings(settings, folder.name)
-    return settings
+    check_adapter_settings(config.to_dict(), folder.name)
+    config.inference_mode = False
+    try:
+        with torch.device("meta"):
+            return PeftModel(copy.deepcopy(shape_model), config, _NAME)
+    except (ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise ArtefactError(
+            f"The adapter {str(folder)!r} does not fit the base: {str(error).splitlines()[0]} "
+            "Give the base it was trained on."
+        ) from error

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from safeft.blocks import Block, Lines, length_of
 from safeft.errors import FreezeError
 from safeft.freeze.certificate import bytes_hash
 from safeft.freeze.plan import Hold
 from safeft.processes import broadcast, flat_bytes, ranks, summed
-from safeft.shards import Block, Shard, copies, keeper, live, master, moments, read
+from safeft.shards import Shard, copies, keeper, live, master, moments, read
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +25,18 @@ class _Piece:
     """The held entries inside one block that this process stores."""
 
     open: Callable[[], Tensor]
-    dim: int
-    local: Tensor
+    lines: Lines
     kept: Tensor | None
-    """In the block's own orientation; None where the entries are held at zero."""
+    """As the block lies; None where the entries are held at zero."""
 
     def now(self) -> Tensor:
-        return self.open().detach().index_select(self.dim, self.local)
+        return self.lines.get(self.open().detach())
 
     def put_back(self) -> None:
         if self.kept is None:
-            self.open().index_fill_(self.dim, self.local, 0)
+            self.lines.clear(self.open())
         else:
-            self.open().index_copy_(self.dim, self.local, self.kept)
+            self.lines.put(self.open(), self.kept)
 
     def moved(self) -> bool:
         now = self.now()
@@ -113,9 +113,9 @@ class Pin:
         """Cut the base to what is stored here, write it everywhere, and keep what is pinned."""
         assert self._base is not None
         tally = torch.zeros(len(self._holds), 3, dtype=torch.int64)
-        wanted: list[int] = []
-        for number, (hold, base) in enumerate(zip(self._holds, self._base, strict=True)):
-            stored = copies(hold.parameter)
+        for number, hold in enumerate(self._holds):
+            stored = copies(hold.parameter, hold.form)
+            base, self._base[number] = self._base[number], None
             if base is not None:
                 _check_dtype(hold, base.dtype)
                 # What the model computes with is the base in its own dtype; ZeRO's master is that.
@@ -127,14 +127,13 @@ class Pin:
                     piece.put_back()
             tally[number, 1] = _weights(hold, stored[0])
             tally[number, 2] = _weights(hold, stored[-1])
-            wanted.append(len(hold.entries) * stored[0].shape[1 - hold.dim])
         self._base = None
         tally = summed(tally)
-        for hold, all_of_it, found in zip(self._holds, wanted, tally[:, 1:].tolist(), strict=True):
-            if found != [all_of_it, all_of_it]:
+        for hold, found in zip(self._holds, tally[:, 1:].tolist(), strict=True):
+            if found != [hold.weights] * 2:
                 raise FreezeError(
-                    f"{hold.name}: of the {all_of_it} weights to hold, {found[0]} are stored and "
-                    f"{found[1]} are stepped on in the {ranks()} processes of this run, so some "
+                    f"{hold.name}: of the {hold.weights} weights to hold, {found[0]} are stored "
+                    f"and {found[1]} are stepped on in the {ranks()} processes of this run: some "
                     "would be trained unseen. Layers may be spread over processes (pipeline "
                     "parallelism), or groups of processes may hold models of their own. Use DDP, "
                     "FSDP2 or DeepSpeed ZeRO."
@@ -146,8 +145,8 @@ class Pin:
         """A second ``train()``: only what was kept of this process's part is there to compare."""
         moved = torch.zeros(len(self._holds), dtype=torch.int64)
         for number, (hold, pieces) in enumerate(zip(self._holds, self._pieces, strict=True)):
-            again = list(_cut(hold, master(hold.parameter), None))
-            if [len(piece.local) for piece in again] != [len(piece.local) for piece in pieces]:
+            again = list(_cut(hold, master(hold.parameter, hold.form), None))
+            if [len(piece.lines) for piece in again] != [len(piece.lines) for piece in pieces]:
                 raise FreezeError(
                     f"{hold.name} lies otherwise over the processes than in this trainer's first "
                     "training, and only the first one's slices were kept. Build a new trainer."
@@ -157,24 +156,20 @@ class Pin:
                 if kept is not None:
                     _check_dtype(hold, kept.dtype)
                     kept = kept.to(new.open().device)
-                pieces[place] = _Piece(new.open, new.dim, new.local, kept)
+                pieces[place] = _Piece(new.open, new.lines, kept)
                 moved[number] += pieces[place].moved()
                 pieces[place].put_back()
         return int((summed(moved) > 0).sum())
 
     def _register(self, number: int, hold: Hold) -> RemovableHandle:
-        parameter, entries = hold.parameter, hold.entries.to(hold.parameter.device)
+        parameter = hold.parameter
         if keeper(parameter) == "zero":
-            return parameter.register_hook(self._tensor_mask(number, hold.dim, entries))
-        if keeper(parameter) == "plain":
-            return parameter.register_post_accumulate_grad_hook(
-                self._mask(number, hold.dim, entries)
-            )
-        pieces = list(_cut(hold, live(parameter), None))
-        local = pieces[0].local if pieces else entries[:0]
-        return parameter.register_post_accumulate_grad_hook(self._mask(number, hold.dim, local))
+            whole = Block((0, 0, 0), hold.form).lines(hold.axis, hold.entries, hold.form)
+            return parameter.register_hook(self._tensor_mask(number, whole.to(parameter.device)))
+        lines = live(parameter, hold.form).lines(hold.axis, hold.entries)
+        return parameter.register_post_accumulate_grad_hook(self._mask(number, lines))
 
-    def _mask(self, number: int, dim: int, entries: Tensor) -> Callable[[Tensor], None]:
+    def _mask(self, number: int, held: Sequence[Lines]) -> Callable[[Tensor], None]:
         def hook(parameter: Any) -> None:
             self.fired[number] += 1
             gradient = parameter.grad
@@ -188,22 +183,27 @@ class Pin:
                         "supported; use FSDP2 alone."
                     )
                 gradient = gradient._local_tensor
-            if not len(entries):
-                return
-            if self.measuring:
-                self._removed.append(gradient.index_select(dim, entries).float().square().sum())
-            gradient.index_fill_(dim, entries, 0)
+            elif not gradient.is_contiguous():
+                gradient = parameter.grad = gradient.contiguous()
+            for lines in held:
+                self._measure(lines, gradient)
+                lines.clear(gradient)
 
         return hook
 
-    def _tensor_mask(self, number: int, dim: int, entries: Tensor) -> Callable[[Tensor], Tensor]:
+    def _tensor_mask(self, number: int, held: Lines) -> Callable[[Tensor], Tensor]:
         def hook(gradient: Tensor) -> Tensor:
             self.fired[number] += 1
-            if self.measuring:
-                self._removed.append(gradient.index_select(dim, entries).float().square().sum())
-            return gradient.index_fill(dim, entries.to(gradient.device), 0)
+            self._measure(held, gradient.contiguous())
+            masked = gradient.clone(memory_format=torch.contiguous_format)
+            held.clear(masked)
+            return masked
 
         return hook
+
+    def _measure(self, lines: Lines, gradient: Tensor) -> None:
+        if self.measuring:
+            self._removed.append(lines.get(gradient).float().square().sum())
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
@@ -231,7 +231,7 @@ class Pin:
     def _clear_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """A moment gathered before a slice was frozen would go on pushing it at every step."""
         for hold in self._holds:
-            for shard in moments(hold.parameter, optimizer):
+            for shard in moments(hold.parameter, optimizer, hold.form):
                 for piece in _cut(hold, shard, None):
                     piece.put_back()
 
@@ -283,9 +283,8 @@ class Pin:
     def report(self) -> dict[str, Any]:
         """What this process stores of the held slices, and whether each bit is where it was."""
         pieces = [piece for pieces in self._pieces for piece in pieces]
-        counts = [piece.open().numel() // piece.open().shape[piece.dim] for piece in pieces]
         return {
-            "weights": sum(len(p.local) * count for p, count in zip(pieces, counts, strict=True)),
+            "weights": sum(piece.lines.weights for piece in pieces),
             "sha256": bytes_hash(piece.now() for piece in pieces),
             "exact": not any(piece.moved() for piece in pieces),
         }
@@ -308,16 +307,13 @@ class Pin:
 
 
 def _snapshot(hold: Hold) -> Tensor | None:
-    """The held slices whole, in the parameter's own orientation."""
+    """The held slices whole, ``(entries, length)``."""
     if hold.at_zero:
         return None
+    size = (len(hold.entries), length_of(hold.form, hold.axis))
     if hold.parameter.is_meta:  # FSDP loads weights in one process only, and sends them around
-        shape = list(live(hold.parameter).shape)
-        shape[hold.dim] = len(hold.entries)
-        whole = torch.empty(shape, dtype=hold.parameter.dtype)
-        return whole if hold.parameter.ndim > 1 else whole[:, 0]
-    values = read(hold.parameter, hold.axis, hold.entries)
-    return values if hold.dim == 0 else values.T.contiguous()
+        return torch.empty(size, dtype=hold.parameter.dtype)
+    return read(hold.parameter, hold.axis, hold.entries, hold.form).view(size)
 
 
 def _check_dtype(hold: Hold, kept: torch.dtype) -> None:
@@ -334,37 +330,11 @@ def _weights(hold: Hold, shard: Shard) -> int:
     """Number of held weights in this process, replicas left out."""
     if not shard.counts:
         return 0
-    found = 0
-    for block in shard.blocks:
-        _, local = block.inside(hold.axis, hold.entries)
-        first, last = block.across(hold.axis)
-        found += len(local) * (last - first)
-    return found
+    return sum(lines.weights for lines in shard.lines(hold.axis, hold.entries))
 
 
 def _cut(hold: Hold, shard: Shard, base: Tensor | None) -> Iterator[_Piece]:
-    """The held entries in each block; ``base`` in the parameter's orientation, None for zero."""
-    for block in shard.blocks:
-        found, local = block.inside(hold.axis, hold.entries)
-        if not len(found) * block.rows * block.columns:  # a small weight leaves some shards empty
-            continue
-        device = block.open().device
-        yield _Piece(block.open, hold.dim, local.to(device), _part(hold, block, base, found))
-
-
-def _part(hold: Hold, block: Block, base: Tensor | None, found: Tensor) -> Tensor | None:
-    if base is None:
-        return None
-    now = block.open()
-    if len(found) == len(hold.entries):
-        part = base
-    else:
-        part = base.index_select(hold.dim, found.to(base.device))
-    if part.ndim > 1:
-        first, last = block.across(hold.axis)
-        if last - first != part.shape[1 - hold.dim]:
-            part = part.narrow(1 - hold.dim, first, last - first)
-    elif now.ndim > 1:
-        part = part[:, None]
-    # A view would keep the whole base alive.
-    return part.to(now.device, now.dtype, copy=part is not base and part._is_view())
+    """The held entries in each block; ``base`` is ``(entries, length)``, None for zero."""
+    for lines in shard.lines(hold.axis, hold.entries):
+        kept = lines.cut(base).to(shard.device, shard.dtype) if base is not None else None
+        yield _Piece(shard.open, lines, kept)

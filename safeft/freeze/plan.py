@@ -12,12 +12,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from safeft.blocks import Axis, Form, count_of, form_of, length_of
 from safeft.errors import ConfigError, FreezeError
-from safeft.freeze.adapters import is_factor, learning_factors, lora_factors, zero_axis
+from safeft.freeze.adapters import factors_of, is_factor, learning_factors, zero_axis
 from safeft.neurons import NeuronSet
-from safeft.shards import Axis, shape_of
+from safeft.shards import shape_of
 from safeft.sites import Site, bare, dense, find_sites, plain_model, plain_name
-from safeft.weights import ModelWeights, part_tensors
+from safeft.weights import ModelWeights
 
 Mode: TypeAlias = Literal["freeze", "train_only"]
 """``freeze`` holds the neurons; ``train_only`` holds everything else (Precise Shield)."""
@@ -42,10 +43,10 @@ class Hold:
     Attributes:
         name: The parameter's name in the plain model, adapter factors included.
         parameter: The parameter the optimizer sees.
-        axis: Which axis ``entries`` counts along.
+        axis: Which axis ``entries`` count along.
         entries: int64 ``(entries,)``, sorted.
         at_zero: Held at zero (an adapter's factor) rather than at its value.
-        site: The site it belongs to.
+        form: As what stack of matrices the parameter is seen.
     """
 
     name: str
@@ -53,12 +54,12 @@ class Hold:
     axis: Axis
     entries: Tensor
     at_zero: bool
-    site: str
+    form: Form
 
     @property
-    def dim(self) -> int:
-        """The dimension that ``entries`` index."""
-        return 0 if self.axis == "rows" else 1
+    def weights(self) -> int:
+        """How many numbers are held."""
+        return len(self.entries) * length_of(self.form, self.axis)
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def make_plan(
         )
     plain, sites = plain_model(model), find_sites(model)
     draft = _Draft()
-    for name in neurons.indices:
-        _hold_site(plain, sites[name], neurons.units_of(name), mode, draft)
+    weights = ModelWeights(plain)
+    for tensor in _tensors(sites, neurons, mode):
+        _hold_tensor(plain, weights, tensor, mode, draft)
     if mode == "train_only":
         whole = {
             plain_name(name): parameter
@@ -136,40 +138,68 @@ def make_plan(
     else:
         whole = group_parameters(plain, hold)
     _hold_whole(whole, draft)
-    weights = ModelWeights(plain)
-    total = sum(
-        torch.Size(shape_of(p)).numel() for n, p in plain.named_parameters() if not is_factor(n)
-    )
+    total = sum(torch.Size(weights.shape(name) or ()).numel() for name in weights.names())
     held = sum(_size(weights, piece) for piece in draft.slices)
     still = tuple((n, p) for n, p in whole.items() if p.requires_grad)
     return Plan(mode, tuple(draft.slices), tuple(draft.holds), still, held, total)
 
 
-def _hold_site(plain: nn.Module, site: Site, units: Tensor, mode: Mode, draft: _Draft) -> None:
-    weights = ModelWeights(plain)
-    for part in site.parts:
-        entries = part.entries(units)
-        module = plain.get_submodule(part.module)
-        names = part_tensors(weights, part)
-        own = {f"{part.module}.{n}": p for n, p in dense(module).named_parameters(recurse=False)}
-        own = {name: parameter for name, parameter in own.items() if name in names}
-        factors = lora_factors(module, part.module, part.axis)
-        if mode == "train_only":
-            free = part.own_entries(units)
-            if not len(free):
-                continue
-            every = part.entries(torch.arange(site.units))
-            entries = every[~torch.isin(every, free)]
-            draft.free |= {id(parameter) for parameter in own.values()}
-            draft.free |= {id(parameter) for parameter in learning_factors(module, part.axis)}
-        if not len(entries):
-            continue
-        draft.slices += [Slice(name, part.axis, entries) for name in names]
-        for name, parameter in own.items():
-            if parameter.requires_grad:
-                draft.holds.append(Hold(name, parameter, part.axis, entries, False, site.name))
-        for name, parameter in factors:
-            draft.holds.append(Hold(name, parameter, part.axis, entries, True, site.name))
+@dataclass(frozen=True)
+class _Slices:
+    """What the chosen units use of one weight; ``own`` without what other units use as well."""
+
+    module: str
+    leaf: str
+    axis: Axis
+    used: Tensor
+    own: Tensor
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.leaf}"
+
+
+def _tensors(sites: Mapping[str, Site], neurons: NeuronSet, mode: Mode) -> list[_Slices]:
+    """Weight by weight, since several parts of several sites may lie in one."""
+    used: dict[tuple[str, str, Axis], list[Tensor]] = {}
+    own: dict[tuple[str, str, Axis], list[Tensor]] = {}
+    for site in neurons.indices:
+        units = neurons.units_of(site)
+        for part in sites[site].parts:
+            for name, axis in part.tensors:
+                key = (part.module, name.removeprefix(f"{part.module}."), axis)
+                used.setdefault(key, []).append(part.entries(units))
+                own.setdefault(key, []).append(part.own_entries(units))
+    return [
+        _Slices(*key, torch.cat(used[key]).unique(), torch.cat(own[key]).unique()) for key in used
+    ]
+
+
+def _hold_tensor(
+    plain: nn.Module, weights: ModelWeights, tensor: _Slices, mode: Mode, draft: _Draft
+) -> None:
+    module, axis = plain.get_submodule(tensor.module), tensor.axis
+    entries = tensor.used
+    parameter = dense(bare(module))._parameters.get(tensor.leaf)
+    if mode == "train_only":
+        if not len(tensor.own):
+            return
+        form = form_of(weights.shape(tensor.name) or (), axis)
+        every = torch.arange(count_of(form, axis))
+        entries = every[~torch.isin(every, tensor.own)]
+        draft.free |= {id(parameter)} if parameter is not None else set()
+        draft.free |= {id(factor) for factor in learning_factors(module, tensor.leaf, axis)}
+    if not len(entries):
+        return
+    draft.slices.append(Slice(tensor.name, axis, entries))
+    if parameter is not None and parameter.requires_grad:
+        form = form_of(shape_of(parameter), axis)
+        draft.holds.append(Hold(tensor.name, parameter, axis, entries, False, form))
+    for factor in factors_of(module, tensor.module, tensor.leaf, axis):
+        inside = factor.entries(entries)
+        draft.holds.append(
+            Hold(factor.name, factor.parameter, factor.axis, inside, True, factor.form)
+        )
 
 
 def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
@@ -182,8 +212,9 @@ def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
     for name, parameter in whole.items():
         axis = zero_axis(name)
         if axis is not None and parameter.requires_grad:
-            entries = torch.arange(shape_of(parameter)[0 if axis == "rows" else 1])
-            draft.holds.append(Hold(name, parameter, axis, entries, True, ""))
+            form = form_of(shape_of(parameter))
+            entries = torch.arange(count_of(form, axis))
+            draft.holds.append(Hold(name, parameter, axis, entries, True, form))
 
 
 def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.Parameter]:
@@ -211,7 +242,6 @@ def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.
 
 def _size(weights: ModelWeights, piece: Slice) -> int:
     shape = weights.shape(piece.name) or ()
-    total = torch.Size(shape).numel()
     if piece.entries is None:
-        return total
-    return total // shape[0 if piece.axis == "rows" else 1] * len(piece.entries)
+        return torch.Size(shape).numel()
+    return len(piece.entries) * length_of(form_of(shape, piece.axis), piece.axis)

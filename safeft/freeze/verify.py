@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from safeft.blocks import count_of, form_of
 from safeft.errors import ArtefactError, FingerprintError
 from safeft.fingerprint import layout_hash
 from safeft.freeze.certificate import (
@@ -76,7 +77,7 @@ def verify(
         _check_base(neurons, sites, before, str(base))
         shape_model.requires_grad_(True)
         plan = make_plan(shape_model, neurons, mode, hold)
-        after = _open_tuned(tuned, before, files)
+        after = _open_tuned(tuned, before, shape_model, files)
         rows, violations = _compare(plan, sites, before, after)
     run = {"base": _describe(base), "tuned": _describe(tuned), "compared": type(after).__name__}
     about = describe_set(neurons)
@@ -88,7 +89,7 @@ def verify(
 def _compare(
     plan: Plan, sites: Mapping[str, Site], before: Weights, after: Weights
 ) -> tuple[list[dict[str, Any]], list[Violation]]:
-    owners = {part.module: (site, part) for site in sites.values() for part in site.parts}
+    owner: dict[tuple[str, int], str] | None = None
     rows: list[dict[str, Any]] = []
     violations: list[Violation] = []
     for piece in progress(plan.slices, "verifying", total=len(plan.slices)):
@@ -99,7 +100,6 @@ def _compare(
                 f"{shape or 'is missing'} in the tuned model: it was not tuned from this base "
                 "(or its layers were renamed or resized). Give the base it was tuned from."
             )
-        owner = owners.get(piece.name.rpartition(".")[0])
         hashes: tuple[list[str], list[str]] = ([], [])
         count = 0
         for chunk in _chunks(piece, was or ()):
@@ -111,9 +111,8 @@ def _compare(
             count += len(chunk.entries)
             for entry, changed, gap in differences(then, now):
                 index = int(chunk.entries[entry])
-                neuron = ""
-                if owner is not None:
-                    neuron = f"{owner[0].name}#{owner[1].unit_of(index)}"
+                owner = owner or _owners(plan, sites)
+                neuron = owner.get((piece.name, index), "")
                 violations.append(Violation(piece.name, neuron, piece.axis, index, changed, gap))
         rows.append(
             {
@@ -127,6 +126,22 @@ def _compare(
     return rows, violations
 
 
+def _owners(plan: Plan, sites: Mapping[str, Site]) -> dict[tuple[str, int], str]:
+    """Which (first) neuron a row or column of a weight belongs to."""
+    compared = {piece.name for piece in plan.slices}
+    found: dict[tuple[str, int], str] = {}
+    for site in sites.values():
+        for part in site.parts:
+            names = [name for name, _ in part.tensors if name in compared]
+            if not names:
+                continue
+            for unit, entries in enumerate(part.table(site.units).tolist()):
+                for name in names:
+                    for entry in entries:
+                        found.setdefault((name, entry), f"{site.name}#{unit}")
+    return found
+
+
 def _joined(hashes: list[str]) -> str:
     if len(hashes) == 1:
         return hashes[0]
@@ -136,7 +151,7 @@ def _joined(hashes: list[str]) -> str:
 def _chunks(piece: Slice, shape: tuple[int, ...]) -> Iterator[Slice]:
     entries = piece.entries
     if entries is None:
-        entries = torch.arange(shape[0] if shape else 0)
+        entries = torch.arange(count_of(form_of(shape), "rows"))
     if piece.axis == "columns":
         yield replace(piece, entries=entries)
         return
@@ -151,10 +166,13 @@ def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Modul
         with torch.device("meta"):
             return type(plain)(config), ModelWeights(plain)
     folder = _folder(base)
-    return _shape_model(folder), files.enter_context(CheckpointWeights(folder))
+    shape_model = _shape_model(folder)
+    return shape_model, _open_checkpoint(folder, shape_model, files)
 
 
-def _open_tuned(tuned: str | Path | nn.Module, before: Weights, files: ExitStack) -> Weights:
+def _open_tuned(
+    tuned: str | Path | nn.Module, before: Weights, shape_model: nn.Module, files: ExitStack
+) -> Weights:
     if isinstance(tuned, nn.Module):
         if any(".lora_" in name for name, _ in tuned.named_parameters()):
             raise ArtefactError(
@@ -167,8 +185,24 @@ def _open_tuned(tuned: str | Path | nn.Module, before: Weights, files: ExitStack
         if (place / ".metadata").is_file():
             return files.enter_context(DistributedCheckpointWeights(place))
     if not (folder / "adapter_config.json").is_file():
-        return files.enter_context(CheckpointWeights(folder))
-    return files.enter_context(MergedWeights(before, folder))
+        return _open_checkpoint(folder, shape_model, files)
+    return files.enter_context(MergedWeights(before, folder, shape_model))
+
+
+def _open_checkpoint(folder: Path, shape_model: nn.Module, files: ExitStack) -> Weights:
+    """A saved model, slice by slice where its weights are stored under the model's names.
+
+    Experts are saved one by one and stacked as they are loaded, so such a model is loaded whole.
+    """
+    stored = files.enter_context(CheckpointWeights(folder))
+    sites = find_sites(shape_model)
+    wanted = {name for site in sites.values() for part in site.parts for name, _ in part.tensors}
+    if wanted <= set(stored.names()) or not any(
+        s.writes.expert is not None for s in sites.values()
+    ):
+        return stored
+    cls: Any = type(shape_model)
+    return ModelWeights(cls.from_pretrained(folder, dtype="auto", device_map="cpu"))
 
 
 def _folder(place: str | Path) -> Path:
@@ -202,7 +236,7 @@ def _shape_model(folder: Path) -> nn.Module:
 
 
 def _check_base(neurons: NeuronSet, sites: Mapping[str, Site], before: Weights, where: str) -> None:
-    first = next(iter(sites.values())).writes.module + ".weight"
+    first = next(iter(sites.values())).writes.name
     if before.shape(first) is None:
         raise ArtefactError(
             f"The base has no weight {first!r}: its weights are not named as its config says."

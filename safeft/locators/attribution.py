@@ -1,14 +1,14 @@
 """``attribution``: units on which the decision to refuse hangs (single-neuron study style)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from safeft.capture import watch_inputs
+from safeft.capture import Seen, tap
 from safeft.locators.gradients import input_gradients
-from safeft.locators.scores import Moments, Scores, Side, Statistics, forward
+from safeft.locators.scores import SIDES, Moments, Scores, Side, Statistics, forward
 from safeft.prompts import Batch
 from safeft.sites import Site
 
@@ -43,12 +43,13 @@ class AttributionFitter:
         self._model, self._sites = model, sites
         self._openings = torch.tensor(sorted(set(openings)))
         self._prefix = tuple(prefix)
-        self._by_writer = {site.writes.module: site.name for site in sites.values()}
+        self._by_inlet = {site.writes.inlet: site.name for site in sites.values()}
+        self._tail = 1
         self.statistics = Statistics(
             {
                 (kind, side, name): Moments()
                 for kind in ("activation", "gradient")
-                for side in ("harmful", "benign")
+                for side in SIDES
                 for name in sites
             }
         )
@@ -58,20 +59,19 @@ class AttributionFitter:
         batch = batch.answered(self._prefix)
         chosen = batch.choose("post_instruction")
 
-        def gather(moments: Moments) -> Callable[[Tensor], None]:
-            return lambda values: moments.update(
-                values.detach()[chosen.to(values.device)]
-                .unflatten(0, (len(chosen), batch.tail))
-                .flatten(1)
-            )
+        def gather(name: str, kind: str, seen: Seen) -> None:
+            rows = seen.spread(chosen).unflatten(0, (len(chosen), batch.tail)).flatten(1)
+            self.statistics.moments(kind, side, name).update(rows)
 
-        def observe(writer: str, inputs: Tensor) -> None:
-            name = self._by_writer[writer]
-            gather(self.statistics.moments("activation", side, name))(inputs)
-            inputs.register_hook(gather(self.statistics.moments("gradient", side, name)))
+        def observe(inlet: str, seen: Seen) -> None:
+            name, values = self._by_inlet[inlet], seen.values
+            gather(name, "activation", Seen(values.detach(), seen.places))
+            values.register_hook(lambda g: gather(name, "gradient", Seen(g, seen.places)))
 
+        self.statistics.add(torch.tensor(len(chosen)), side, "prompts")
+        self._tail = batch.tail
         with input_gradients(self._model):
-            with watch_inputs(self._model, list(self._by_writer), observe):
+            with tap(self._model, [site.writes for site in self._sites.values()], observe):
                 logits = forward(self._model, batch)
             self._refusal_loss(logits[:, -1].float()).sum().backward()
 
@@ -84,14 +84,21 @@ class AttributionFitter:
 
     def scores(self) -> Scores:
         """One score per unit; there is no separate utility side."""
-        return Scores(
-            {name: self._score(site) for name, site in self._sites.items()}, None, "plain"
+        unscored = tuple(
+            name
+            for name in self._sites
+            if not any(self.statistics.moments("activation", side, name).count for side in SIDES)
         )
+        found = {name: self._score(site) for name, site in self._sites.items()}
+        return Scores(found, None, "plain", unscored)
 
     def _score(self, site: Site) -> Tensor:
         def mean(kind: str, side: Side) -> Tensor:
-            found = self.statistics.moments(kind, side, site.name).mean
-            return found.unflatten(0, (-1, site.units, site.width))
+            found = self.statistics.moments(kind, side, site.name)
+            if site.writes.expert is not None:
+                prompts = int(self.statistics.total(side, "prompts"))
+                found = found.out_of(prompts, self._tail * site.units * site.width)
+            return found.mean.unflatten(0, (-1, site.units, site.width))
 
         harmful, benign = mean("activation", "harmful"), mean("activation", "benign")
         slope = mean("gradient", "harmful") + mean("gradient", "benign")

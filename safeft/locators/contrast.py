@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from safeft.capture import watch_inputs
-from safeft.locators.scores import Moments, Scores, Side, Statistics, contributions, forward
+from safeft.capture import Seen, tap
+from safeft.locators.scores import (
+    SIDES,
+    Moments,
+    Scores,
+    Side,
+    Statistics,
+    contributions,
+    forward,
+)
 from safeft.prompts import Batch, TokenChoice
 from safeft.sites import Site
 
@@ -30,30 +38,46 @@ class ContrastFitter:
     ) -> None:
         self._model, self._sites = model, sites
         self._tokens: TokenChoice = tokens
-        self._by_writer = {site.writes.module: site.name for site in sites.values()}
-        self.statistics = Statistics(
-            {(side, name): Moments() for side in ("harmful", "benign") for name in sites}
-        )
+        self._by_inlet = {site.writes.inlet: site for site in sites.values()}
+        self.statistics = Statistics({(side, name): Moments() for side in SIDES for name in sites})
 
     @torch.no_grad()
     def update(self, side: Side, batch: Batch) -> None:
         """One forward pass over ``batch``, read at the chosen tokens."""
         chosen = batch.choose(self._tokens)
 
-        def observe(writer: str, inputs: Tensor) -> None:
-            seen = self.statistics.moments(side, self._by_writer[writer])
-            seen.update(inputs[chosen.to(inputs.device)])
+        def observe(inlet: str, seen: Seen) -> None:
+            site = self._by_inlet[inlet]
+            # Images have no prompt tokens to choose: what a vision tower sees is all read.
+            values = seen.at(chosen if site.tower == "text" else None)
+            self.statistics.moments(side, site.name).update(values)
 
-        with watch_inputs(self._model, list(self._by_writer), observe):
+        self.statistics.add(chosen.sum().cpu(), side, "tokens")
+        with tap(self._model, [site.writes for site in self._sites.values()], observe):
             forward(self._model, batch)
 
     def scores(self) -> Scores:
         """Each side's share of the layer's writing."""
-        return Scores(self._shares("harmful"), self._shares("benign"), "exclude")
+        safety, utility = self._shares("harmful"), self._shares("benign")
+        return Scores(safety, utility, "exclude", self._unscored())
+
+    def _unscored(self) -> tuple[str, ...]:
+        """Experts that no token was routed to."""
+        return tuple(
+            name
+            for name in self._sites
+            if not any(self.statistics.moments(side, name).count for side in SIDES)
+        )
+
+    def _moments(self, side: Side, site: Site) -> Moments:
+        found = self.statistics.moments(side, site.name)
+        if site.writes.expert is None:
+            return found
+        return found.out_of(int(self.statistics.total(side, "tokens")), site.units * site.width)
 
     def _shares(self, side: Side) -> dict[str, Tensor]:
         shares = {}
         for name, site in self._sites.items():
-            importance = contributions(self._model, site, self.statistics.moments(side, name).mean)
+            importance = contributions(self._model, site, self._moments(side, site).mean)
             shares[name] = importance / importance.sum().clamp(min=torch.finfo(torch.double).tiny)
         return shares

@@ -15,11 +15,11 @@ from safeft.sites import dense, plain_model
 def gradients_of(
     model: PreTrainedModel, reducers: Mapping[str, Callable[[Tensor, Tensor], None]]
 ) -> Iterator[None]:
-    """Only the named modules' weights get gradients; each goes to its reducer and is then freed.
+    """Only the named weights get gradients; each goes to its reducer and is then freed.
 
     Args:
         model: The model; ``requires_grad`` flags and gradients are restored at the end.
-        reducers: Module name to a function of (weight, gradient).
+        reducers: Name of a weight to a function of (weight, gradient).
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     kept = {parameter: parameter.grad for parameter in flags}
@@ -38,7 +38,8 @@ def gradients_of(
             parameter.requires_grad_(False)
             parameter.grad = None
         for name, reduce in reducers.items():
-            weight = dense(plain_model(model).get_submodule(name)).weight
+            module, _, leaf = name.rpartition(".")
+            weight = getattr(dense(plain_model(model).get_submodule(module)), leaf)
             assert isinstance(weight, nn.Parameter)
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(hook_for(reduce)))

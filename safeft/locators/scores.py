@@ -14,6 +14,8 @@ from safeft.weights import ModelWeights
 
 Side: TypeAlias = Literal["harmful", "benign"]
 
+SIDES: tuple[Side, ...] = ("harmful", "benign")
+
 Rule: TypeAlias = Literal["plain", "difference", "exclude"]
 """How safety and utility become one ranking; see :func:`safeft.locators.select.select`."""
 
@@ -26,11 +28,14 @@ class Scores:
         safety: Site to float64 ``(units,)``; higher is more safety-critical.
         utility: The same for ordinary use, where the method weighs the two.
         rule: How the two are to be ranked together.
+        unscored: Sites that no token of the prompts was routed to (experts): nothing is known of
+            their units, so they are left out of ranking rather than ranked last.
     """
 
     safety: Mapping[str, Tensor]
     utility: Mapping[str, Tensor] | None
     rule: Rule
+    unscored: tuple[str, ...] = ()
 
 
 class Fitter(Protocol):
@@ -75,6 +80,20 @@ class Moments:
         seen.count, seen._mean = len(values), exact.mean(0)
         seen._squares = (exact - seen._mean).square_().sum(0)
         self.merge(seen)
+
+    def out_of(self, samples: int, features: int) -> "Moments":
+        """The same among so many samples, of which the others were zero.
+
+        An expert's units are at zero for each token that is routed elsewhere.
+        """
+        others, whole = Moments(), Moments()
+        others.count = samples - self.count
+        others._mean = torch.zeros(features, dtype=torch.double)
+        others._squares = torch.zeros_like(others._mean)
+        whole.merge(self)
+        if others.count:
+            whole.merge(others)
+        return whole
 
     def merge(self, other: "Moments") -> None:
         """Take up what another has seen, as if it had been seen here."""
@@ -137,21 +156,23 @@ def merged(parts: Sequence[Statistics]) -> Statistics:
     return whole
 
 
-def weight_of(model: nn.Module, module: str) -> Tensor:
-    """The weight of a named module of the plain model, adapters left out, detached and whole."""
-    return ModelWeights(model).whole(f"{module}.weight")
-
-
 def is_matrix(model: nn.Module, part: Part) -> bool:
-    """Whether a part is a matrix (a norm's gain is not)."""
-    return len(ModelWeights(model).shape(f"{part.module}.weight") or ()) == 2
+    """Whether a part is cut out of a matrix (a norm's gain is not)."""
+    shape = ModelWeights(model).shape(part.name) or ()
+    return len(shape) > 1 and part.axis != "numbers"
 
 
 def per_unit(part: Part, entries: Tensor, units: int) -> Tensor:
     """Sums over units' entries, ``(rows or columns,)`` to ``(units,)``; shared ones in full."""
-    return (
-        entries.unflatten(0, (units // part.share, part.width)).sum(1).repeat_interleave(part.share)
-    )
+    return entries[part.table(units).to(entries.device)].sum(1)
+
+
+def written_by(model: nn.Module, site: Site) -> Tensor:
+    """What units write with, adapters left out: float64 ``(units, width, hidden)``."""
+    part = site.writes
+    columns = part.table(site.units).flatten()
+    found = ModelWeights(model).lines(part.name, part.axis, columns).double()
+    return found.unflatten(0, (site.units, site.width))
 
 
 def contributions(model: nn.Module, site: Site, activations: Tensor) -> Tensor:
@@ -165,13 +186,9 @@ def contributions(model: nn.Module, site: Site, activations: Tensor) -> Tensor:
     Returns:
         Float64 ``(units,)``.
     """
-    weight = weight_of(model, site.writes.module).double()
-    parts = activations.to(weight).unflatten(0, (site.units, site.width))
-    if site.width == 1:
-        return parts[:, 0].abs() * weight.norm(dim=0)
-    return torch.einsum("ouw,uw->uo", weight.unflatten(1, (site.units, site.width)), parts).norm(
-        dim=1
-    )
+    written = written_by(model, site)
+    parts = activations.to(written).view(site.units, site.width)
+    return torch.einsum("uwo,uw->uo", written, parts).norm(dim=1)
 
 
 def forward(model: PreTrainedModel, batch: Batch, keep_logits: int = 1) -> Tensor:

@@ -84,6 +84,7 @@ def select(
                 "activations overflow. Load it in float32 or bfloat16."
             )
     chosen: dict[str, tuple[int, ...]] = {}
+    sites = {name: site for name, site in sites.items() if name not in scores.unscored}
     for names in _groups(sites, selection.scope):
         safety = torch.cat([scores.safety[name].cpu() for name in names])
         utility = None

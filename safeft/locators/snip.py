@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from safeft.blocks import form_of
 from safeft.errors import ConfigError
 from safeft.locators.gradients import gradients_of, response_loss
-from safeft.locators.scores import Scores, Side, Statistics, forward, is_matrix, per_unit
+from safeft.locators.scores import (
+    SIDES,
+    Scores,
+    Side,
+    Statistics,
+    forward,
+    is_matrix,
+    per_unit,
+)
 from safeft.prompts import Batch
 from safeft.shards import is_split
 from safeft.sites import Site
@@ -26,15 +35,13 @@ class SnipFitter:
 
     def __init__(self, model: PreTrainedModel, sites: Mapping[str, Site]) -> None:
         self._model, self._sites = model, sites
-        self._parts = {
-            part.module: (part, site.units)
+        self._axes = {
+            part.name: part.axis
             for site in sites.values()
             for part in site.parts
             if is_matrix(model, part)
         }
-        self.statistics = Statistics(
-            {(side, "batches"): torch.zeros(()) for side in ("harmful", "benign")}
-        )
+        self.statistics = Statistics({(side, "batches"): torch.zeros(()) for side in SIDES})
         if any(is_split(parameter) for parameter in model.parameters()):
             raise ConfigError(
                 "`snip` reads weights' gradients, which FSDP and ZeRO-3 reduce and shard as they "
@@ -44,34 +51,40 @@ class SnipFitter:
     def update(self, side: Side, batch: Batch) -> None:
         """One forward and backward pass over ``batch``."""
 
-        def reducer(module: str) -> Callable[[Tensor, Tensor], None]:
-            part, units = self._parts[module]
-
+        def reducer(name: str) -> Callable[[Tensor, Tensor], None]:
             def reduce(weight: Tensor, gradient: Tensor) -> None:
                 product = (weight.detach() * gradient).abs().double()
-                entries = product.sum(1 if part.axis == "rows" else 0)
-                self.statistics.add(per_unit(part, entries, units), side, module)
+                product = product.view(form_of(weight.shape))
+                entries = product.sum(1 if self._axes[name] == "columns" else 2).flatten()
+                self.statistics.add(entries, side, name)
 
             return reduce
 
-        reducers = {module: reducer(module) for module in self._parts}
+        reducers = {name: reducer(name) for name in self._axes}
         with gradients_of(self._model, reducers):
             response_loss(forward(self._model, batch, keep_logits=0), batch).backward()
         self.statistics.add(torch.ones(()), side, "batches")
 
     def scores(self) -> Scores:
         """Each side's mean over batches; units of the utility top are left out when selecting."""
-        return Scores(self._means("harmful"), self._means("benign"), "exclude")
+        safety, utility = self._means("harmful"), self._means("benign")
+        unscored = tuple(
+            name
+            for name, site in self._sites.items()
+            if site.writes.expert is not None and not (safety[name].any() or utility[name].any())
+        )
+        return Scores(safety, utility, "exclude", unscored)
 
     def _means(self, side: Side) -> dict[str, Tensor]:
+        batches = max(1, int(self.statistics.total(side, "batches")))
         return {
             name: torch.stack(
                 [
-                    self.statistics.total(side, part.module)
+                    per_unit(part, self.statistics.total(side, part.name), site.units)
                     for part in site.parts
-                    if part.module in self._parts
+                    if part.name in self._axes
                 ]
             ).sum(0)
-            / max(1, int(self.statistics.total(side, "batches")))
+            / batches
             for name, site in self._sites.items()
         }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from safeft.locators.contrast import ContrastFitter
-from safeft.locators.scores import Scores, Side, weight_of
+from safeft.locators.scores import Scores, Side, written_by
 
 
 class VarianceFitter(ContrastFitter):
@@ -16,13 +16,14 @@ class VarianceFitter(ContrastFitter):
 
     def scores(self) -> Scores:
         """Each side's variance of writing, to be subtracted."""
-        return Scores(self._importance("harmful"), self._importance("benign"), "difference")
+        safety, utility = self._importance("harmful"), self._importance("benign")
+        return Scores(safety, utility, "difference", self._unscored())
 
     @torch.no_grad()
     def _importance(self, side: Side) -> dict[str, Tensor]:
         found = {}
         for name, site in self._sites.items():
-            columns = weight_of(self._model, site.writes.module).double().square().sum(0)
-            fluctuation = self.statistics.moments(side, name).variance.to(columns) * columns
-            found[name] = fluctuation.unflatten(0, (site.units, site.width)).sum(1)
+            columns = written_by(self._model, site).square().sum(-1)
+            variance = self._moments(side, site).variance.to(columns)
+            found[name] = (variance.view_as(columns) * columns).sum(1)
         return found

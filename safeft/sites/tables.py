@@ -1,0 +1,98 @@
+"""The models whose layouts are known, and the names that layouts go by."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from safeft.sites.parts import TowerName
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What names and classes in a stack of blocks do not say.
+
+    Attributes:
+        name: What the stack is in its model.
+        fused: How rows of one matrix for queries, keys and values follow each other: all queries,
+            all keys, all values (``chunks``); query, key and value of each head (``heads``); or
+            one of these, or groups of heads, by the config's ``multi_query`` and
+            ``new_decoder_architecture`` (``falcon``).
+        attention: Whether heads can be addressed; latent and linear attention have no rows of
+            their own for each head.
+        experts_transposed: For experts whose class does not say it (Llama 4).
+    """
+
+    name: TowerName = "text"
+    fused: Literal["chunks", "heads", "falcon"] = "chunks"
+    attention: bool = True
+    experts_transposed: bool | None = None
+
+
+_TEXT, _VISION = Tower(), Tower("vision")
+
+TOWERS: Mapping[str, Tower] = {
+    **dict.fromkeys(
+        (
+            "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 olmo granite smollm3 cohere "
+            "cohere2 stablelm starcoder2 phi phi3 glm glm4 gpt2 opt exaone4 mixtral qwen2_moe "
+            "qwen3_moe olmoe gpt_oss bert roberta clip_text_model qwen2_vl_text qwen2_5_vl_text "
+            "qwen3_vl_text qwen3_vl_moe_text"
+        ).split(),
+        _TEXT,
+    ),
+    **dict.fromkeys(("gpt_neox", "bloom"), Tower(fused="heads")),
+    **dict.fromkeys(("falcon", "gpt_bigcode"), Tower(fused="falcon")),
+    **dict.fromkeys(("deepseek_v3", "qwen3_next"), Tower(attention=False)),
+    "llama4_text": Tower(experts_transposed=True),
+    **dict.fromkeys(
+        (
+            "clip_vision_model siglip_vision_model qwen2_vl_vision qwen2_5_vl_vision "
+            "qwen3_vl_vision qwen3_vl_moe_vision llama4_vision_model internvl_vision "
+            "idefics3_vision smolvlm_vision pixtral"
+        ).split(),
+        _VISION,
+    ),
+}
+"""Kinds of block stacks, by the ``model_type`` of their own config."""
+
+WHOLES = frozenset(
+    "llava llava_next qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe gemma3 paligemma internvl idefics3 "
+    "smolvlm mistral3 llama4 clip siglip".split()
+)
+"""Models made of several towers; what joins the towers is their ``projector``."""
+
+BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)$")
+IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.\d+(?:\.|$)")
+PROJECTOR = re.compile(r"(?:projector|merger|connector)")
+
+MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("fc1",), "fc2"),
+    (("linear_fc1",), "linear_fc2"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("c_fc",), "c_proj"),
+    (("intermediate.dense",), "output.dense"),
+)
+"""Names of the matrices an MLP reads with, and of the one it writes with."""
+
+PROJECTORS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("linear_1",), "linear_2"),
+    (("linear_fc1",), "linear_fc2"),
+    (("0",), "2"),
+)
+
+SPLIT: tuple[tuple[str, str, str, str], ...] = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "dense"),
+    ("q_proj", "k_proj", "v_proj", "projection_layer"),
+    ("self.query", "self.key", "self.value", "output.dense"),
+)
+FUSED: tuple[tuple[str, str], ...] = (
+    ("qkv_proj", "o_proj"),
+    ("query_key_value", "dense"),
+    ("c_attn", "c_proj"),
+    ("qkv", "proj"),
+)
