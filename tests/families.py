@@ -9,7 +9,18 @@ from functools import partial
 from typing import Any
 
 from tests.families_seeing import SEEING
-from tests.family import VOCABULARY, Family, Settings, Sizes
+from tests.family import (
+    Family,
+    Layout,
+    Settings,
+    Sizes,
+    decoder,
+    each_layer,
+    gated,
+    llama4,
+    part_rotary,
+    routed,
+)
 from tests.truth import (
     Heads,
     Held,
@@ -27,45 +38,6 @@ from tests.truth import (
 )
 
 
-def decoder(sizes: Sizes, *, head: bool = False, groups: bool = True, **more: Any) -> Settings:
-    """The settings most decoders share; ``head`` where the size of a head is one of them."""
-    settings: Settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.inner,
-        "num_hidden_layers": 2,
-        "num_attention_heads": sizes.queries,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-    }
-    if groups:
-        settings["num_key_value_heads"] = sizes.groups
-    if head:
-        settings["head_dim"] = sizes.head
-    return settings | more
-
-
-def part_rotary(factor: float) -> Settings:
-    return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}
-
-
-def gated(
-    sizes: Sizes, *, head: bool = False, bias: bool = False, full_norms: bool = False
-) -> list[Truth]:
-    """Llama's layout: two layers of separate q, k, v, o and gate, up, down."""
-    heads = sizes.free if head else sizes.forced
-    return [
-        truth
-        for layer in ("model.layers.0", "model.layers.1")
-        for truth in (
-            mlp(f"{layer}.mlp", sizes.inner),
-            attention(f"{layer}.self_attn", heads, bias=bias, full_norms=full_norms),
-        )
-    ]
-
-
 def llama_like(
     name: str,
     *,
@@ -81,11 +53,6 @@ def llama_like(
         partial(decoder, head=head, **more),
         partial(gated, head=head, bias=bias, full_norms=full_norms),
     )
-
-
-def each_layer(root: str, layer: Callable[[str, Sizes], list[Truth]]) -> Callable:
-    """The same two layers ``root.0`` and ``root.1``."""
-    return lambda sizes: [t for number in (0, 1) for t in layer(f"{root}.{number}", sizes)]
 
 
 def all_biased(
@@ -178,7 +145,7 @@ def masked(s: Sizes) -> Settings:
     return decoder(s, groups=False, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
-def bert(root: str) -> Callable[[Sizes], list[Truth]]:
+def bert(root: str) -> Layout:
     return each_layer(
         f"{root}.encoder.layer",
         lambda layer, s: [
@@ -192,11 +159,6 @@ def bert(root: str) -> Callable[[Sizes], list[Truth]]:
             ),
         ],
     )
-
-
-def routed(sizes: Sizes, **more: Any) -> Settings:
-    """A decoder with four experts, of which each token goes to two."""
-    return decoder(sizes, num_experts_per_tok=2, **more)
 
 
 def mixtral(layer: str, s: Sizes) -> list[Truth]:
@@ -247,17 +209,6 @@ def qwen3_moe(s: Sizes) -> list[Truth]:
         attention("model.layers.0.self_attn", s.free),
         *experts("model.layers.1.mlp.experts", s.experts, s.expert_inner),
         attention("model.layers.1.self_attn", s.free),
-    ]
-
-
-def llama4(root: str) -> Callable[[Sizes], list[Truth]]:
-    """Layer 0 dense, layer 1 routed (transposed, [gate | up]) and with a shared expert."""
-    return lambda s: [
-        mlp(f"{root}.0.feed_forward", s.inner),
-        attention(f"{root}.0.self_attn", s.free),
-        *experts(f"{root}.1.feed_forward.experts", s.experts, s.expert_inner, transposed=True),
-        mlp(f"{root}.1.feed_forward.shared_expert", s.expert_inner),
-        attention(f"{root}.1.self_attn", s.free),
     ]
 
 

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from tests.truth import Heads, Truth
+from tests.truth import Heads, Truth, attention, experts, mlp
 
 VOCABULARY = 264
 IMAGE, IMAGE_START, IMAGE_END = 261, 262, 263
@@ -38,7 +38,7 @@ class Sizes:
     shared_inner: int = 56
     image_hidden: int = 24
     image_heads: int = 3
-    image_inner: int = 36
+    image_inner: int = 72
 
     @property
     def free(self) -> Heads:
@@ -60,6 +60,8 @@ class Sizes:
         size = self.image_hidden // self.image_heads
         return Heads(self.image_heads, self.image_heads, size)
 
+
+Layout = Callable[[Sizes], list[Truth]]
 
 PLAIN = Sizes()
 SQUARE = Sizes(
@@ -87,7 +89,7 @@ class Family:
     name: str
     model_type: str
     settings: Callable[[Sizes], Settings]
-    layout: Callable[[Sizes], list[Truth]]
+    layout: Layout
     unaddressed: tuple[str, ...] = ()
     auto: Auto = "AutoModelForCausalLM"
     image: Callable[[Tensor], dict[str, Tensor]] | None = None
@@ -104,7 +106,7 @@ class Family:
         With ``square`` hidden, inner and head sizes coincide, so that no shape tells an axis.
         """
         settings = self.settings(SQUARE if square else PLAIN)
-        config = AutoConfig.for_model(self.model_type, **settings)
+        config = AutoConfig.for_model(**{"model_type": self.model_type, **settings})
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             model = getattr(transformers, self.auto).from_config(
@@ -132,3 +134,68 @@ class Family:
     def is_unaddressed(self, parameter: str) -> bool:
         """Whether a weight is said to belong to no unit."""
         return any(fnmatch(parameter, pattern) for pattern in (*UNIT_FREE, *self.unaddressed))
+
+
+def decoder(sizes: Sizes, *, head: bool = False, groups: bool = True, **more: Any) -> Settings:
+    """The settings most decoders share; ``head`` where the size of a head is one of them."""
+    settings: Settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": 2,
+        "num_attention_heads": sizes.queries,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    if groups:
+        settings["num_key_value_heads"] = sizes.groups
+    if head:
+        settings["head_dim"] = sizes.head
+    return settings | more
+
+
+def part_rotary(factor: float) -> Settings:
+    return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}
+
+
+def gated(
+    sizes: Sizes,
+    *,
+    root: str = "model.layers",
+    head: bool = False,
+    bias: bool = False,
+    full_norms: bool = False,
+) -> list[Truth]:
+    """Llama's layout: two layers of separate q, k, v, o and gate, up, down."""
+    heads = sizes.free if head else sizes.forced
+    return [
+        truth
+        for layer in (f"{root}.0", f"{root}.1")
+        for truth in (
+            mlp(f"{layer}.mlp", sizes.inner),
+            attention(f"{layer}.self_attn", heads, bias=bias, full_norms=full_norms),
+        )
+    ]
+
+
+def each_layer(root: str, layer: Callable[[str, Sizes], list[Truth]]) -> Layout:
+    """The same two layers ``root.0`` and ``root.1``."""
+    return lambda sizes: [t for number in (0, 1) for t in layer(f"{root}.{number}", sizes)]
+
+
+def routed(sizes: Sizes, **more: Any) -> Settings:
+    """A decoder with four experts, of which each token goes to two."""
+    return decoder(sizes, num_experts_per_tok=2, **more)
+
+
+def llama4(root: str) -> Layout:
+    """Layer 0 dense, layer 1 routed (transposed, [gate | up]) and with a shared expert."""
+    return lambda s: [
+        mlp(f"{root}.0.feed_forward", s.inner),
+        attention(f"{root}.0.self_attn", s.free),
+        *experts(f"{root}.1.feed_forward.experts", s.experts, s.expert_inner, transposed=True),
+        mlp(f"{root}.1.feed_forward.shared_expert", s.expert_inner),
+        attention(f"{root}.1.self_attn", s.free),
+    ]
