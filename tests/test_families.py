@@ -1,6 +1,7 @@
 """The ground truth of tests/families.py, proved on the models' own forward passes."""
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -118,8 +119,18 @@ def moved(before: Tensor, after: Tensor) -> set[int]:
     return set((before != after).any(-1).any(0).nonzero().flatten().tolist())
 
 
-def units_to_try(truth: Truth) -> tuple[int, ...]:
-    return tuple(range(truth.units)) if truth.kind == "attention" else (1, truth.units - 1)
+def truths_to_try(family: Family, square: bool) -> list[Truth]:
+    """Of each sort the first and the last, of the square ones the last: all would take minutes."""
+    sorts: dict[tuple[str, str], list[Truth]] = {}
+    for truth in family.truths(square):
+        sorts.setdefault((re.sub(r"\d+", "", truth.site), truth.kind), []).append(truth)
+    return [
+        t for like in sorts.values() for t in (like[-1:] if square else [*like[:-1][:1], like[-1]])
+    ]
+
+
+def units_to_try(truth: Truth) -> tuple[int, int]:
+    return 1, truth.units - 1
 
 
 def share(held: tuple[Held, ...], unit: int) -> list[tuple[str, Index]]:
@@ -154,7 +165,7 @@ def test_families_build_and_run_the_same_each_time(family: Family, square: bool)
 @every_family
 def test_reading_slices_move_their_own_units_and_no_other(family: Family, square: bool) -> None:
     model = prepared(family, square)
-    for truth in family.truths(square):
+    for truth in truths_to_try(family, square):
         before = watch(family, model, truth)[0]
         for unit in units_to_try(truth):
             for held in truth.readers:
@@ -170,7 +181,7 @@ def test_reading_slices_move_their_own_units_and_no_other(family: Family, square
 @every_family
 def test_writing_slices_carry_all_of_a_unit_and_nothing_else(family: Family, square: bool) -> None:
     model = prepared(family, square)
-    for truth in family.truths(square):
+    for truth in truths_to_try(family, square):
         _, written, _ = watch(family, model, truth)
         for unit in units_to_try(truth):
             rest = [other for other in range(truth.units) if other != unit]
