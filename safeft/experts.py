@@ -94,7 +94,7 @@ def _one_by_one(
 
 def _sorted_by_expert(self: Any, hidden_states: Tensor) -> Tensor:
     """Llama 4: every expert gets every token, scaled by the router, zero where it is not routed."""
-    experts, _, size = self.gate_up_proj.shape
+    experts, size, _ = self.gate_up_proj.shape
     outputs = []
     for expert, tokens in enumerate(hidden_states.view(experts, -1, size)):
         places = (tokens != 0).any(-1).nonzero().flatten()

@@ -76,16 +76,15 @@ def find_sites(model: nn.Module, kinds: tuple[Kind, ...] = ("mlp", "attention"))
         where = Where(plain_name(path), bare(block), layer, model_type, tower.name)
         if "mlp" in kinds:
             sites += mlps_of(where, tower)
-        if "attention" in kinds and tower.attention:
-            sites.append(attention_of(where, tower, config))
+        if "attention" in kinds:
+            sites += attention_of(where, tower, config)
     if not sites:
         model_type = _type_of(model)
         if model_type not in TOWERS and model_type not in WHOLES:
             raise _unknown(model_type)
         raise UnsupportedModelError(
             f"No block with such units was found in {type(model).__name__} ({model_type}). Load it "
-            "with a task class such as AutoModelForCausalLM; heads of latent or linear attention "
-            "cannot be addressed."
+            "with a task class such as AutoModelForCausalLM."
         )
     if "mlp" in kinds and _type_of(model) in WHOLES:
         sites += _projectors(model)

@@ -11,7 +11,7 @@ from safeft.blocks import Axis
 from safeft.errors import UnsupportedModelError
 from safeft.shards import shape_of
 from safeft.sites.parts import Part, Site, TowerName
-from safeft.sites.tables import FUSED, MLPS, SPLIT, Tower
+from safeft.sites.tables import FUSED, LATENT, MLPS, SPLIT, Tower
 from safeft.sites.wrapped import bare, dense, plain_name
 
 
@@ -151,17 +151,23 @@ def _experts(where: Where, path: str, holder: nn.Module, tower: Tower) -> list[S
     return found
 
 
-def attention_of(where: Where, tower: Tower, config: Any) -> Site:
-    """The query heads of a block."""
+def attention_of(where: Where, tower: Tower, config: Any) -> list[Site]:
+    """The query heads of a block; none where its attention is linear and the tower says so."""
     heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
     for path, holder in where.modules():
         for *reads, writes in SPLIT:
             if has(holder, *reads, writes):
                 groups = int(getattr(config, "num_key_value_heads", None) or heads)
-                return _split_attention(where, path, holder, reads, writes, heads, groups)
+                counts = (heads, groups, groups)
+                return [_split_attention(where, path, holder, reads, writes, counts, tower)]
+        for *reads, writes in LATENT:
+            if has(holder, *reads, writes):
+                return [_latent_attention(where, path, holder, reads, writes, heads)]
         for read, writes in FUSED:
             if has(holder, read, writes):
-                return _fused_attention(where, path, holder, read, writes, heads, tower, config)
+                return [_fused_attention(where, path, holder, read, writes, heads, tower, config)]
+        if tower.linear and has(holder, tower.linear):
+            return []
     raise UnsupportedModelError(
         f"{where.path} of this {where.model_type!r} model has no attention of a layout that safeft "
         f"knows (it has {[name for name, _ in where.module.named_children()]}), so its heads "
@@ -180,29 +186,46 @@ def _split_attention(
     holder: nn.Module,
     reads: list[str],
     writes: str,
-    heads: int,
-    groups: int,
+    counts: tuple[int, int, int],
+    tower: Tower,
 ) -> Site:
+    heads = counts[0]
     writer = where.matrix(holder, path, writes)
     width = _head_width(where, writer, heads)
     parts: list[Part] = []
-    for child, norm, count in zip(
-        reads, ("q_norm", "k_norm", ""), (heads, groups, groups), strict=True
-    ):
+    for child, norm, count in zip(reads, ("q_norm", "k_norm", ""), counts, strict=True):
         share = heads // count
         matrix = where.matrix(holder, path, child)
-        where.expect(matrix.outputs, count * width, matrix.name)
-        parts.append(matrix.reads(width=width, share=share))
+        rows = 2 * width if tower.gated_queries and child == reads[0] else width
+        where.expect(matrix.outputs, count * rows, matrix.name)
+        parts.append(matrix.reads(width=rows, share=share))
         gain = getattr(_descend(holder, norm), "weight", None) if norm else None
         if isinstance(gain, Tensor) and shape_of(gain) != (width,):
             # A norm with one gain shared by all heads belongs to no head.
             where.expect(torch.Size(shape_of(gain)).numel(), count * width, f"{path}.{norm}")
             axis: Axis = "rows" if len(shape_of(gain)) == 1 else "numbers"
             parts.append(Part(f"{path}.{norm}", axis, width, share))
+    if "sinks" in holder._parameters:  # what a head attends to where nothing else fits
+        parts.append(Part(path, "rows", leaf="sinks"))
     return Site(
         path, "attention", where.layer, heads, width, tuple(parts), writer.writes(width=width),
         where.tower,
     )  # fmt: skip
+
+
+def _latent_attention(
+    where: Where, path: str, holder: nn.Module, reads: list[str], writes: str, heads: int
+) -> Site:
+    """Heads that read a latent vector which all of them share (DeepSeek)."""
+    writer = where.matrix(holder, path, writes)
+    width = _head_width(where, writer, heads)
+    matrices = [where.matrix(holder, path, child) for child in reads]
+    for matrix in matrices:
+        where.expect(matrix.outputs // heads * heads, matrix.outputs, matrix.name)
+    parts = tuple(matrix.reads(width=matrix.outputs // heads) for matrix in matrices)
+    return Site(
+        path, "attention", where.layer, heads, width, parts, writer.writes(width=width), where.tower
+    )
 
 
 def _fused_attention(

@@ -18,14 +18,16 @@ class Tower:
             all keys, all values (``chunks``); query, key and value of each head (``heads``); or
             one of these, or groups of heads, by the config's ``multi_query`` and
             ``new_decoder_architecture`` (``falcon``).
-        attention: Whether heads can be addressed; latent and linear attention have no rows of
-            their own for each head.
+        gated_queries: The matrix of queries holds, head by head, a query and a gate for it.
+        linear: Name of the modules that stand in for attention in some blocks, and have no heads
+            that could be addressed.
         experts_transposed: For experts whose class does not say it (Llama 4).
     """
 
     name: TowerName = "text"
     fused: Literal["chunks", "heads", "falcon"] = "chunks"
-    attention: bool = True
+    gated_queries: bool = False
+    linear: str = ""
     experts_transposed: bool | None = None
 
 
@@ -36,14 +38,14 @@ TOWERS: Mapping[str, Tower] = {
         (
             "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 olmo granite smollm3 cohere "
             "cohere2 stablelm starcoder2 phi phi3 glm glm4 gpt2 opt exaone4 mixtral qwen2_moe "
-            "qwen3_moe olmoe gpt_oss bert roberta clip_text_model qwen2_vl_text qwen2_5_vl_text "
-            "qwen3_vl_text qwen3_vl_moe_text"
+            "qwen3_moe olmoe gpt_oss deepseek_v3 bert roberta clip_text_model qwen2_vl_text "
+            "qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text"
         ).split(),
         _TEXT,
     ),
     **dict.fromkeys(("gpt_neox", "bloom"), Tower(fused="heads")),
     **dict.fromkeys(("falcon", "gpt_bigcode"), Tower(fused="falcon")),
-    **dict.fromkeys(("deepseek_v3", "qwen3_next"), Tower(attention=False)),
+    "qwen3_next": Tower(gated_queries=True, linear="linear_attn"),
     "llama4_text": Tower(experts_transposed=True),
     **dict.fromkeys(
         (
@@ -64,7 +66,7 @@ WHOLES = frozenset(
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)$")
 IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.\d+(?:\.|$)")
-PROJECTOR = re.compile(r"(?:projector|merger|connector)")
+PROJECTOR = re.compile(r"(?:projector|merger|connector|vision_adapter)")
 
 MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),
@@ -80,6 +82,7 @@ MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
 PROJECTORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("linear_1",), "linear_2"),
     (("linear_fc1",), "linear_fc2"),
+    (("fc1",), "fc2"),
     (("0",), "2"),
 )
 
@@ -89,6 +92,10 @@ SPLIT: tuple[tuple[str, str, str, str], ...] = (
     ("q_proj", "k_proj", "v_proj", "dense"),
     ("q_proj", "k_proj", "v_proj", "projection_layer"),
     ("self.query", "self.key", "self.value", "output.dense"),
+)
+LATENT: tuple[tuple[str, str, str], ...] = (
+    ("q_b_proj", "kv_b_proj", "o_proj"),
+    ("q_proj", "kv_b_proj", "o_proj"),
 )
 FUSED: tuple[tuple[str, str], ...] = (
     ("qkv_proj", "o_proj"),
