@@ -143,11 +143,7 @@ def llama4_eyes(s: Sizes) -> list[Truth]:
 
 def pixtral(layer: str, s: Sizes) -> list[Truth]:
     return [
-        mlp(
-            f"{layer}.feed_forward",
-            s.image_inner,
-            tower="vision",
-        ),
+        mlp(f"{layer}.feed_forward", s.image_inner, tower="vision"),
         attention(f"{layer}.attention", s.image, tower="vision"),
     ]
 
