@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from tests.families_routed import ROUTED
 from tests.families_seeing import SEEING
 from tests.family import (
     Family,
@@ -17,9 +18,7 @@ from tests.family import (
     decoder,
     each_layer,
     gated,
-    llama4,
     part_rotary,
-    routed,
 )
 from tests.truth import (
     Heads,
@@ -28,13 +27,10 @@ from tests.truth import (
     attention,
     by_group,
     by_head,
-    columns,
-    experts,
     fused_attention,
     fused_mlp,
     mlp,
     one_after_another,
-    rows,
 )
 
 
@@ -123,6 +119,40 @@ def multi_query(sizes: Sizes) -> Heads:
     return Heads(sizes.queries, 1, sizes.hidden // sizes.queries)
 
 
+def plain(heads: Callable[[Sizes], Heads]) -> Callable[[str, Sizes], list[Truth]]:
+    """up_proj and down_proj without a gate (Nemotron, Apertus)."""
+    return lambda layer, s: [
+        mlp(f"{layer}.mlp", s.inner, ("up_proj",)),
+        attention(f"{layer}.self_attn", heads(s)),
+    ]
+
+
+def bigcode_settings(s: Sizes, multi_query: bool) -> Settings:
+    dropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return decoder(s, groups=False, n_inner=s.inner, multi_query=multi_query) | dropped
+
+
+def bigcode(
+    heads: Callable[[Sizes], Heads], blocks: Callable[[Heads], tuple]
+) -> Callable[[str, Sizes], list[Truth]]:
+    """The names of GPT-2, but Linear weights; the order depends on ``multi_query``."""
+    return lambda layer, s: [
+        mlp(f"{layer}.mlp", s.inner, ("c_fc",), "c_proj", bias=True),
+        fused_attention(
+            f"{layer}.attn",
+            heads(s),
+            blocks(heads(s)),
+            reads="c_attn",
+            writes="c_proj",
+            bias=True,
+        ),
+    ]
+
+
+NEVER_SILENT = "gelu"
+"""Instead of ReLU, under which some units of a random model are zero for all words."""
+
+
 def opt(layer: str, s: Sizes) -> list[Truth]:
     """fc1 and fc2 lie on the decoder layer itself."""
     return [
@@ -161,94 +191,22 @@ def bert(root: str) -> Layout:
     )
 
 
-def mixtral(layer: str, s: Sizes) -> list[Truth]:
-    site = f"{layer}.mlp.experts"
+def distilbert(layer: str, s: Sizes) -> list[Truth]:
+    names = ("q_lin", "k_lin", "v_lin")
     return [
-        *experts(site, s.experts, s.expert_inner),
-        attention(f"{layer}.self_attn", s.free),
+        mlp(f"{layer}.ffn", s.inner, ("lin1",), "lin2", bias=True),
+        attention(f"{layer}.attention", s.full, names=names, writes="out_lin", bias=True),
     ]
 
 
-def olmoe(layer: str, s: Sizes) -> list[Truth]:
+def modernbert(layer: str, s: Sizes) -> list[Truth]:
+    """Wi: [activated | multiplied]; Wqkv: [all q | all k | all v]."""
+    blocks = one_after_another(s.full)
     return [
-        *experts(f"{layer}.mlp.experts", s.experts, s.expert_inner),
-        attention(f"{layer}.self_attn", s.forced, full_norms=True),
+        fused_mlp(f"{layer}.mlp", s.inner, "Wi", "Wo"),
+        fused_attention(f"{layer}.attn", s.full, blocks, reads="Wqkv", writes="Wo"),
     ]
 
-
-def gpt_oss(layer: str, s: Sizes) -> list[Truth]:
-    """Columns of (E, h, 2I): gate 0, up 0, gate 1, up 1, ...; a sink for each query head."""
-    site = f"{layer}.self_attn"
-    return [
-        *experts(
-            f"{layer}.mlp.experts",
-            s.experts,
-            s.expert_inner,
-            transposed=True,
-            interleaved=True,
-            bias=True,
-        ),
-        attention(site, s.free, bias=True, extra=[Held(f"{site}.sinks", 0)]),
-    ]
-
-
-def qwen2_moe(s: Sizes) -> list[Truth]:
-    """Layer 0 dense, layer 1 routed and with a shared expert."""
-    return [
-        mlp("model.layers.0.mlp", s.inner),
-        attention("model.layers.0.self_attn", s.forced),
-        *experts("model.layers.1.mlp.experts", s.experts, s.expert_inner),
-        mlp("model.layers.1.mlp.shared_expert", s.shared_inner),
-        attention("model.layers.1.self_attn", s.forced),
-    ]
-
-
-def qwen3_moe(s: Sizes) -> list[Truth]:
-    return [
-        mlp("model.layers.0.mlp", s.inner),
-        attention("model.layers.0.self_attn", s.free),
-        *experts("model.layers.1.mlp.experts", s.experts, s.expert_inner),
-        attention("model.layers.1.self_attn", s.free),
-    ]
-
-
-def latent(site: str, s: Sizes) -> Truth:
-    """DeepSeek's heads: q_b_proj and kv_b_proj ([nope | value] of each head) have rows of a head;
-
-    q_a_proj and kv_a_proj_with_mqa belong to all of them.
-    """
-    held = [
-        *rows(f"{site}.q_b_proj", False, width=MLA_NOPE + MLA_ROPE),
-        *rows(f"{site}.kv_b_proj", False, width=MLA_NOPE + MLA_VALUE),
-        columns(f"{site}.o_proj", MLA_VALUE),
-    ]
-    return Truth(site, "attention", s.queries, tuple(held), MLA_VALUE, partial=True)
-
-
-MLA_NOPE, MLA_ROPE, MLA_VALUE = 6, 4, 8
-
-
-def deepseek(s: Sizes) -> list[Truth]:
-    return [
-        mlp("model.layers.0.mlp", s.inner),
-        latent("model.layers.0.self_attn", s),
-        *experts("model.layers.1.mlp.experts", s.experts, s.expert_inner),
-        mlp("model.layers.1.mlp.shared_experts", s.expert_inner * 3),
-        latent("model.layers.1.self_attn", s),
-    ]
-
-
-def qwen3_next(s: Sizes) -> list[Truth]:
-    """Layer 0 linear attention, layer 1 gated attention: q_proj has [q | gate] of each head."""
-    found = []
-    for layer in ("model.layers.0", "model.layers.1"):
-        found += experts(f"{layer}.mlp.experts", s.experts, s.expert_inner)
-        found.append(mlp(f"{layer}.mlp.shared_expert", s.shared_inner))
-    gated = attention("model.layers.1.self_attn", s.free, query_width=2 * s.free.size)
-    return [*found, gated]
-
-
-ROUTER = ("*.mlp.gate.weight",)
 
 TEXT = (
     llama_like("llama", head=True),
@@ -265,6 +223,17 @@ TEXT = (
     llama_like("granite"),
     llama_like("smollm3"),
     llama_like("exaone4", head=True),
+    llama_like("olmo"),
+    llama_like("olmo3", full_norms=True),
+    llama_like(
+        "ministral3",
+        head=True,
+        rope_parameters=part_rotary(1.0)
+        | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 4},
+    ),
+    llama_like("hunyuan_v1_dense", head=True),
+    llama_like("ernie4_5", head=True),
+    llama_like("seed_oss", head=True, bias=True, attention_dropout=0.0, residual_dropout=0.0),
     Family(
         "cohere_qk_norm",
         "cohere",
@@ -367,6 +336,56 @@ TEXT = (
         ),
     ),
     Family(
+        "apertus",
+        "apertus",
+        partial(decoder, rope_parameters=part_rotary(1.0)),
+        each_layer("model.layers", plain(lambda s: s.forced)),
+    ),
+    Family(
+        "nemotron",
+        "nemotron",
+        partial(decoder, head=True, rope_parameters=part_rotary(0.4), hidden_act=NEVER_SILENT),
+        each_layer("model.layers", plain(lambda s: s.free)),
+    ),
+    Family(
+        "gptj",
+        "gptj",
+        lambda s: decoder(s, groups=False, n_inner=s.inner, rotary_dim=4),
+        each_layer(
+            "transformer.h",
+            lambda layer, s: [
+                mlp(f"{layer}.mlp", s.inner, ("fc_in",), "fc_out", bias=True),
+                attention(f"{layer}.attn", s.full, writes="out_proj"),
+            ],
+        ),
+    ),
+    Family(
+        "gpt_neo",
+        "gpt_neo",
+        lambda s: decoder(
+            s, groups=False, attention_types=[[["global", "local"], 1]], window_size=5
+        ),
+        each_layer(
+            "transformer.h",
+            lambda layer, s: [
+                mlp(f"{layer}.mlp", s.inner, ("c_fc",), "c_proj", bias=True),
+                attention(f"{layer}.attn.attention", s.full, writes="out_proj"),
+            ],
+        ),
+    ),
+    *(
+        Family(
+            f"gpt_bigcode{suffix}",
+            "gpt_bigcode",
+            partial(bigcode_settings, multi_query=not suffix),
+            each_layer("transformer.h", bigcode(heads, blocks)),
+        )
+        for suffix, heads, blocks in (
+            ("", multi_query, one_after_another),
+            ("_many_keys", lambda s: s.full, lambda heads: by_head()),
+        )
+    ),
+    Family(
         "opt",
         "opt",
         lambda s: decoder(
@@ -375,122 +394,9 @@ TEXT = (
             ffn_dim=s.inner,
             word_embed_proj_dim=s.hidden,
             dropout=0.0,
-            activation_function="gelu",  # as Galactica; with ReLU some units are silent throughout
+            activation_function=NEVER_SILENT,
         ),
         each_layer("model.decoder.layers", opt),
-    ),
-)
-
-ROUTED = (
-    Family(
-        "mixtral",
-        "mixtral",
-        lambda s: routed(
-            s, head=True, num_local_experts=s.experts, intermediate_size=s.expert_inner
-        ),
-        each_layer("model.layers", mixtral),
-        ROUTER,
-    ),
-    Family(
-        "olmoe",
-        "olmoe",
-        lambda s: routed(s, num_experts=s.experts, intermediate_size=s.expert_inner),
-        each_layer("model.layers", olmoe),
-        ROUTER,
-    ),
-    Family(
-        "gpt_oss",
-        "gpt_oss",
-        lambda s: routed(
-            s,
-            head=True,
-            num_local_experts=s.experts,
-            intermediate_size=s.expert_inner,
-            rope_parameters=part_rotary(1.0),
-        ),
-        each_layer("model.layers", gpt_oss),
-        ("*.mlp.router.weight", "*.experts.down_proj_bias"),
-    ),
-    Family(
-        "qwen2_moe",
-        "qwen2_moe",
-        lambda s: routed(
-            s,
-            num_experts=s.experts,
-            moe_intermediate_size=s.expert_inner,
-            shared_expert_intermediate_size=s.shared_inner,
-            mlp_only_layers=[0],
-        ),
-        qwen2_moe,
-        (*ROUTER, "*.shared_expert_gate.weight"),
-    ),
-    Family(
-        "qwen3_moe",
-        "qwen3_moe",
-        lambda s: routed(
-            s,
-            head=True,
-            num_experts=s.experts,
-            moe_intermediate_size=s.expert_inner,
-            mlp_only_layers=[0],
-        ),
-        qwen3_moe,
-        ROUTER,
-    ),
-    Family(
-        "qwen3_next",
-        "qwen3_next",
-        lambda s: routed(
-            s,
-            head=True,
-            num_experts=s.experts,
-            moe_intermediate_size=s.expert_inner,
-            shared_expert_intermediate_size=s.shared_inner,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=6,
-            linear_value_head_dim=8,
-            rope_parameters=part_rotary(0.4),
-        ),
-        qwen3_next,
-        (*ROUTER, "*.shared_expert_gate.weight", "*.linear_attn.*"),
-    ),
-    Family(
-        "llama4_text",
-        "llama4_text",
-        lambda s: routed(
-            s,
-            head=True,
-            num_local_experts=s.experts,
-            intermediate_size=s.expert_inner,
-            intermediate_size_mlp=s.inner,
-            moe_layers=[1],
-        ),
-        llama4("model.layers"),
-        ("*.feed_forward.router.weight",),
-    ),
-    Family(
-        "deepseek_v3",
-        "deepseek_v3",
-        lambda s: routed(
-            s,
-            groups=False,
-            num_key_value_heads=s.queries,
-            n_routed_experts=s.experts,
-            moe_intermediate_size=s.expert_inner,
-            n_shared_experts=3,
-            first_k_dense_replace=1,
-            n_group=1,
-            topk_group=1,
-            q_lora_rank=20,
-            kv_lora_rank=12,
-            qk_nope_head_dim=MLA_NOPE,
-            qk_rope_head_dim=MLA_ROPE,
-            v_head_dim=MLA_VALUE,
-        ),
-        deepseek,
-        (*ROUTER, "*.q_a_proj.weight", "*.kv_a_proj_with_mqa.weight"),
     ),
 )
 
@@ -509,6 +415,35 @@ ENCODERS = (
         masked,
         bert("roberta"),
         auto="AutoModelForMaskedLM",
+    ),
+    Family(
+        "xlm_roberta",
+        "xlm-roberta",
+        masked,
+        bert("roberta"),
+        auto="AutoModelForMaskedLM",
+    ),
+    Family(
+        "distilbert",
+        "distilbert",
+        lambda s: decoder(s, groups=False, hidden_dim=s.inner, dropout=0.0, attention_dropout=0.0),
+        each_layer("distilbert.transformer.layer", distilbert),
+        ("vocab_*.weight",),
+        "AutoModelForMaskedLM",
+    ),
+    Family(
+        "modernbert",
+        "modernbert",
+        lambda s: decoder(
+            s,
+            groups=False,
+            layer_types=["full_attention", "sliding_attention"],
+            cls_token_id=2,
+            sep_token_id=1,
+        ),
+        each_layer("model.layers", modernbert),
+        ("head.dense.weight",),
+        "AutoModelForMaskedLM",
     ),
 )
 

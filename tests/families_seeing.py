@@ -143,12 +143,15 @@ def llama4_eyes(s: Sizes) -> list[Truth]:
 
 def pixtral(layer: str, s: Sizes) -> list[Truth]:
     return [
-        mlp(
-            f"{layer}.feed_forward",
-            s.image_inner,
-            tower="vision",
-        ),
+        mlp(f"{layer}.feed_forward", s.image_inner, tower="vision"),
         attention(f"{layer}.attention", s.image, tower="vision"),
+    ]
+
+
+def vit(layer: str, s: Sizes) -> list[Truth]:
+    return [
+        mlp(f"{layer}.mlp", s.image_inner, ("fc1",), "fc2", bias=True, tower="vision"),
+        attention(f"{layer}.attention", s.image, bias=True, tower="vision"),
     ]
 
 
@@ -278,6 +281,16 @@ SEEING = (
             lambda s: [mlp("head.mlp", s.image_inner, ("fc1",), "fc2", bias=True, tower="vision")],
         ),
         ("head.probe", "head.attention.*"),
+        "AutoModel",
+        pixels,
+        words=False,
+    ),
+    Family(
+        "vit",
+        "vit",
+        lambda s: eyes("vit", s, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        each_layer("layers", vit),
+        ("*_token", "pooler.*"),
         "AutoModel",
         pixels,
         words=False,

@@ -33,6 +33,7 @@ class Sizes:
     queries: int = 4
     groups: int = 2
     head: int = 10
+    wide_head: int = 14
     experts: int = 4
     expert_inner: int = 24
     shared_inner: int = 56
@@ -68,6 +69,7 @@ SQUARE = Sizes(
     inner=32,
     groups=4,
     head=8,
+    wide_head=8,
     expert_inner=32,
     shared_inner=32,
     image_hidden=32,

@@ -182,17 +182,18 @@ def attention(
     extra: Iterable[Held] = (),
     tower: Tower = "text",
 ) -> Truth:
-    """Separate matrices; ``full_norms``: q_norm and k_norm are as wide as all heads together."""
-    query, key, value = (join(site, name) for name in names)
+    """Separate matrices; ``full_norms``: q_norm and k_norm are as wide as all heads together.
+
+    ``names`` are the query's and those that a group shares: fewer where values are keys.
+    """
+    query, *shared = (join(site, name) for name in names)
 
     def group(unit: int) -> int:
         return unit // heads.share
 
-    held = [
-        *rows(query, bias, width=query_width or heads.size),
-        *rows(key, bias, width=heads.size, block=group),
-        *rows(value, bias, width=heads.size, block=group),
-    ]
+    held = rows(query, bias, width=query_width or heads.size)
+    for module in shared:
+        held += rows(module, bias, width=heads.size, block=group)
     mixing: tuple[str, ...] = ()
     if full_norms:
         mixing = (f"{site}.q_norm", f"{site}.k_norm")
