@@ -189,7 +189,7 @@ def test_freezing_holds_through_training(family: Family) -> None:
     same, masks = unmoved(before, weights_of(model)), masks_of(model, family, chosen)
     for name, mask in masks.items():
         assert same[name][mask].all(), name
-        assert not same[name][~mask].all(), f"nothing of {name} was trained"
+        assert mask.all() or not same[name][~mask].all(), f"nothing of {name} was trained"
     assert plan.held_weights == sum(int(mask.sum()) for mask in masks.values())
 
 

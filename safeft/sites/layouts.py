@@ -11,7 +11,7 @@ from safeft.blocks import Axis
 from safeft.errors import UnsupportedModelError
 from safeft.shards import shape_of
 from safeft.sites.parts import Part, Site, TowerName
-from safeft.sites.tables import FUSED, LATENT, MLPS, SPLIT, Tower
+from safeft.sites.tables import FUSED, LATENT, MLPS, SPLIT, TWO_IN_ONE, Tower
 from safeft.sites.wrapped import bare, dense, plain_name
 
 
@@ -109,7 +109,7 @@ def mlp_of(where: Where, path: str, holder: nn.Module, reads: tuple[str, ...], w
     parts: list[Part] = []
     for child in reads:
         matrix = where.matrix(holder, path, child)
-        together = 2 if child == "gate_up_proj" else 1
+        together = 2 if child in TWO_IN_ONE else 1
         where.expect(matrix.outputs, together * units, matrix.name)
         parts += [matrix.reads(first=number * units) for number in range(together)]
     return Site(path, "mlp", where.layer, units, 1, tuple(parts), writer.writes(), where.tower)
@@ -156,10 +156,11 @@ def attention_of(where: Where, tower: Tower, config: Any) -> list[Site]:
     heads = int(getattr(config, "num_attention_heads", None) or config.num_heads)
     for path, holder in where.modules():
         for *reads, writes in SPLIT:
+            if tower.shared_keys and has(holder, reads[0], writes):
+                reads = [read for read in reads if has(holder, read)]
             if has(holder, *reads, writes):
-                groups = int(getattr(config, "num_key_value_heads", None) or heads)
-                counts = (heads, groups, groups)
-                return [_split_attention(where, path, holder, reads, writes, counts, tower)]
+                groups = 0 if tower.shared_keys else _groups(config, heads)
+                return [_split_attention(where, path, holder, reads, writes, heads, groups, tower)]
         for *reads, writes in LATENT:
             if has(holder, *reads, writes):
                 return [_latent_attention(where, path, holder, reads, writes, heads)]
@@ -175,6 +176,10 @@ def attention_of(where: Where, tower: Tower, config: Any) -> list[Site]:
     )
 
 
+def _groups(config: Any, heads: int) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or heads)
+
+
 def _head_width(where: Where, writer: _Matrix, heads: int) -> int:
     where.expect(writer.inputs // heads * heads, writer.inputs, writer.name)
     return writer.inputs // heads
@@ -186,16 +191,18 @@ def _split_attention(
     holder: nn.Module,
     reads: list[str],
     writes: str,
-    counts: tuple[int, int, int],
+    heads: int,
+    groups: int,
     tower: Tower,
 ) -> Site:
-    heads = counts[0]
     writer = where.matrix(holder, path, writes)
     width = _head_width(where, writer, heads)
     parts: list[Part] = []
-    for child, norm, count in zip(reads, ("q_norm", "k_norm", ""), counts, strict=True):
-        share = heads // count
+    for child, norm in zip(reads, ("q_norm", "k_norm", ""), strict=False):
         matrix = where.matrix(holder, path, child)
+        count = heads if child == reads[0] else groups
+        count = count or matrix.outputs // width
+        share = heads // count
         rows = 2 * width if tower.gated_queries and child == reads[0] else width
         where.expect(matrix.outputs, count * rows, matrix.name)
         parts.append(matrix.reads(width=rows, share=share))
@@ -240,7 +247,7 @@ def _fused_attention(
 ) -> Site:
     writer, matrix = where.matrix(holder, path, writes), where.matrix(holder, path, read)
     width = _head_width(where, writer, heads)
-    groups, order = int(getattr(config, "num_key_value_heads", None) or heads), tower.fused
+    groups, order = _groups(config, heads), tower.fused
     if order == "falcon":
         if getattr(config, "new_decoder_architecture", False):
             groups, order = int(config.num_kv_heads), "groups"

@@ -19,6 +19,8 @@ class Tower:
             one of these, or groups of heads, by the config's ``multi_query`` and
             ``new_decoder_architecture`` (``falcon``).
         gated_queries: The matrix of queries holds, head by head, a query and a gate for it.
+        shared_keys: Some blocks have no matrix of values, or of keys and values: they use their
+            keys, or an earlier block's; and the number of key heads differs from block to block.
         linear: Name of the modules that stand in for attention in some blocks, and have no heads
             that could be addressed.
         experts_transposed: For experts whose class does not say it (Llama 4).
@@ -27,6 +29,7 @@ class Tower:
     name: TowerName = "text"
     fused: Literal["chunks", "heads", "falcon"] = "chunks"
     gated_queries: bool = False
+    shared_keys: bool = False
     linear: str = ""
     experts_transposed: bool | None = None
 
@@ -39,19 +42,24 @@ TOWERS: Mapping[str, Tower] = {
             "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text olmo2 olmo granite smollm3 cohere "
             "cohere2 stablelm starcoder2 phi phi3 glm glm4 gpt2 opt exaone4 mixtral qwen2_moe "
             "qwen3_moe olmoe gpt_oss deepseek_v3 bert roberta clip_text_model qwen2_vl_text "
-            "qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text"
+            "qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text olmo3 ministral3 hunyuan_v1_dense "
+            "ernie4_5 seed_oss apertus nemotron gptj gpt_neo phimoe granitemoe glm4_moe "
+            "xlm-roberta distilbert modernbert"
         ).split(),
         _TEXT,
     ),
     **dict.fromkeys(("gpt_neox", "bloom"), Tower(fused="heads")),
     **dict.fromkeys(("falcon", "gpt_bigcode"), Tower(fused="falcon")),
-    "qwen3_next": Tower(gated_queries=True, linear="linear_attn"),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_text"), Tower(gated_queries=True, linear="linear_attn")
+    ),
+    "gemma4_text": Tower(shared_keys=True),
     "llama4_text": Tower(experts_transposed=True),
     **dict.fromkeys(
         (
             "clip_vision_model siglip_vision_model qwen2_vl_vision qwen2_5_vl_vision "
             "qwen3_vl_vision qwen3_vl_moe_vision llama4_vision_model internvl_vision "
-            "idefics3_vision smolvlm_vision pixtral"
+            "idefics3_vision smolvlm_vision pixtral vit"
         ).split(),
         _VISION,
     ),
@@ -71,13 +79,20 @@ PROJECTOR = re.compile(r"(?:projector|merger|connector|vision_adapter)")
 MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("gate_up_proj",), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("Wi",), "Wo"),
     (("fc1",), "fc2"),
     (("linear_fc1",), "linear_fc2"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("c_fc",), "c_proj"),
+    (("fc_in",), "fc_out"),
+    (("lin1",), "lin2"),
     (("intermediate.dense",), "output.dense"),
 )
 """Names of the matrices an MLP reads with, and of the one it writes with."""
+
+TWO_IN_ONE = frozenset({"gate_up_proj", "Wi"})
+"""Of these, matrices that hold two rows for each unit: all first ones, then all second."""
 
 PROJECTORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("linear_1",), "linear_2"),
@@ -91,6 +106,7 @@ SPLIT: tuple[tuple[str, str, str, str], ...] = (
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_proj", "k_proj", "v_proj", "dense"),
     ("q_proj", "k_proj", "v_proj", "projection_layer"),
+    ("q_lin", "k_lin", "v_lin", "out_lin"),
     ("self.query", "self.key", "self.value", "output.dense"),
 )
 LATENT: tuple[tuple[str, str, str], ...] = (
@@ -102,4 +118,5 @@ FUSED: tuple[tuple[str, str], ...] = (
     ("query_key_value", "dense"),
     ("c_attn", "c_proj"),
     ("qkv", "proj"),
+    ("Wqkv", "Wo"),
 )
