@@ -16,6 +16,8 @@ class Cell:
         resume: Checkpoint to resume from, below the launch's folder; ``CELL/run last`` takes the
             newest whole one there, as ``--resume_from_checkpoint last`` does.
         shape: Overrides of the tiny model.
+        family: Another model than the tiny Llama, of tests/families.py; some neurons of each of
+            its sites are frozen, and LoRA is put on all that they live in.
         engine: Overrides of the engine's configuration.
         settings: Overrides of the training arguments.
         mode: Hold the set, or train nothing else.
@@ -38,6 +40,7 @@ class Cell:
     set: str | None = "large"
     resume: str = ""
     shape: dict[str, Any] | None = None
+    family: str = ""
     engine: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
     hold: tuple[str, ...] = ()

@@ -32,6 +32,8 @@ from safeft.freeze import pin as pin_module  # noqa: E402
 from safeft.freeze.resume import last_complete  # noqa: E402
 from tests import fsdp_on_cpu  # noqa: E402
 from tests.engine_cell import Cell  # noqa: E402
+from tests.families import FAMILIES  # noqa: E402
+from tests.family import Family  # noqa: E402
 from tests.freezing import (  # noqa: E402
     LARGE,
     SMALL,
@@ -44,12 +46,26 @@ from tests.freezing import (  # noqa: E402
     state_of,
     trainer_of,
 )
+from tests.layouts import chosen_of, lora_on, masks_of  # noqa: E402
 
 SETS: dict[str, Any] = {"small": SMALL, "large": LARGE}
 
 
+def family_of(cell: Cell) -> Family:
+    return next(family for family in FAMILIES if family.name == cell.family)
+
+
+def base_of(cell: Cell) -> Any:
+    """The model before training, the same in every process."""
+    if cell.family:
+        return family_of(cell).build().to(getattr(torch, cell.dtype))
+    return model_of(getattr(torch, cell.dtype), **(cell.shape or {}))
+
+
 def indices_of(cell: Cell) -> dict[str, tuple[int, ...]]:
     """The neurons a cell freezes: ``share`` is every twentieth hidden unit of the whole model."""
+    if cell.family:
+        return chosen_of(family_of(cell))
     if cell.set == "share":
         shape = cell.shape or {}
         units = range(0, shape["intermediate_size"], 20)
@@ -150,7 +166,7 @@ def engine_settings(engine: str, cell: Cell, folder: Path) -> dict[str, Any]:
     if engine == "fsdp2":
         config = {
             "version": 2,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "transformer_layer_cls_to_wrap": list(base_of(cell)._no_split_modules),
             "state_dict_type": "FULL_STATE_DICT",
         }
         settings |= {"fsdp": True, "fsdp_config": {**config, **(cell.engine or {})}}
@@ -215,9 +231,8 @@ def broken(cell: Cell) -> ExitStack:
 def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     """Train one cell and say what came of it."""
     torch.manual_seed(0)  # adapters are drawn before the trainer seeds anything
-    dtype = getattr(torch, cell.dtype)
     unset_hf_deepspeed_config()
-    model = model_of(dtype, **(cell.shape or {}))
+    model = base_of(cell)
     base = state_of(model)
     watch = Watch()
     callbacks: list[Any] = [watch]
@@ -243,7 +258,7 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
                 model,
                 home / "run",
                 callbacks,
-                peft_config=adapter(cell) if cell.tuning == "lora" else None,
+                peft_config=adapter(cell, model) if cell.tuning == "lora" else None,
                 **settings,
             )
             watch.trainer = trainer
@@ -277,8 +292,10 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     return report
 
 
-def adapter(cell: Cell) -> Any:
+def adapter(cell: Cell, model: Any) -> Any:
     """LoRA as the cell wants it."""
+    if cell.family:
+        return lora_on(model, family_of(cell))
     more = {"target_modules": list(cell.targets)} if cell.targets else {}
     return lora(r=cell.rank, **more)
 
@@ -326,19 +343,24 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
         dcp_to_torch_save(checkpoints[-1], whole)
         now = torch.load(whole, weights_only=True)["model"]
     elif cell.tuning == "lora":  # PEFT saves the adapter alone
-        fresh = model_of(getattr(torch, cell.dtype), **(cell.shape or {}))
-        now = state_of(PeftModel.from_pretrained(fresh, str(tuned)))
+        now = state_of(PeftModel.from_pretrained(base_of(cell), str(tuned)))
     else:
         now = state_of(AutoModelForCausalLM.from_pretrained(tuned))
     indices = indices_of(cell) if cell.set and not cell.aside else {}
-    masks = frozen_entries(base, indices, cell.mode)
+    if cell.family:
+        untouched = {n: torch.zeros_like(w, dtype=torch.bool) for n, w in base.items()}
+        masks = untouched | masks_of(base_of(cell), family_of(cell), indices)
+    else:
+        masks = frozen_entries(base, indices, cell.mode)
     shares = {}
     changed = 0
     for name, mask in masks.items():
         same = same_bits(base[name].to(now[name].dtype), now[name])
         changed += int((~same & mask).sum())
         trained = cell.tuning == "full" or any(t in name for t in cell.targets or ("_proj",))
+        trained |= bool(cell.family)
         trained &= not ("norms" in cell.hold and "norm" in name)
+        trained &= not cell.family or bool(mask.any())  # of a family, what neurons live in
         if trained and not mask.all() and name != "model.embed_tokens.weight":
             shares[name] = float((~same)[~mask].float().mean())
     return {
@@ -346,6 +368,7 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
         "frozen_changed": changed,
         "frozen": int(sum(mask.sum() for mask in masks.values())),
         "least_moved": min(shares.values()),
+        "mean_moved": sum(shares.values()) / len(shares),
     }
 
 

@@ -123,7 +123,9 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     if isinstance(model, PeftModel):
         model.merge_adapter()
         found = {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): p.detach().clone()
+            ".".join(
+                step for step in name.split(".")[2:] if step != "base_layer"
+            ): p.detach().clone()
             for name, p in model.named_parameters()
             if ".lora_" not in name
         }

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from safeft import NeuronSet
 from safeft.capture import capture, silence
@@ -20,35 +19,12 @@ from safeft.freeze.plan import make_plan
 from safeft.sites import Site, find_sites, unaddressed
 from tests.families import FAMILIES
 from tests.family import Family
-from tests.freezing import same_bits
+from tests.freezing import same_bits, state_of
+from tests.layouts import chosen_of, lora_on, marked, masks_of, truths_of
 from tests.test_families import truths_to_try, watch
-from tests.truth import Truth
-
-NOT_ADDRESSED = {("siglip_vision", "head.mlp")}
-"""A pooling head outside the blocks, which no vision-language model runs."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 every_build = pytest.mark.parametrize("square", [False, True], ids=["plain", "square"])
-
-
-def truths_of(family: Family, square: bool = False) -> dict[str, Truth]:
-    return {
-        truth.site: truth
-        for truth in family.truths(square)
-        if (family.name, truth.site) not in NOT_ADDRESSED
-    }
-
-
-def marked(model: nn.Module, truth: Truth, units: tuple[int, ...]) -> dict[str, Tensor]:
-    """Per tensor a mask of the numbers that belong to these units."""
-    masks: dict[str, Tensor] = {}
-    for unit in units:
-        for name, index in truth.slices(unit):
-            mask = masks.setdefault(
-                name, torch.zeros_like(model.get_parameter(name), dtype=torch.bool)
-            )
-            mask[index] = True
-    return masks
 
 
 def found_by(model: nn.Module, site: Site, units: tuple[int, ...]) -> dict[str, Tensor]:
@@ -135,24 +111,6 @@ def test_what_is_captured_is_what_flows_into_the_writing_matrix(family: Family) 
             assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def chosen_of(family: Family) -> dict[str, tuple[int, ...]]:
-    """Units of every site: some of each, so that shared keys and values are held in part."""
-    return {
-        name: tuple(sorted({0, truth.units // 2})) if truth.kind == "mlp" else (truth.units - 1,)
-        for name, truth in truths_of(family).items()
-    }
-
-
-def masks_of(
-    model: nn.Module, family: Family, chosen: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    masks: dict[str, Tensor] = {}
-    for name, units in chosen.items():
-        for tensor, mask in marked(model, truths_of(family)[name], units).items():
-            masks[tensor] = masks[tensor] | mask if tensor in masks else mask
-    return masks
-
-
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -211,32 +169,9 @@ def test_training_only_some_units_moves_nothing_else(family: Family) -> None:
 
 def adapted(model: PreTrainedModel, family: Family) -> Any:
     """LoRA on every linear layer that units live in, and on the stacks of experts."""
-    held = {h.parameter for t in truths_of(family).values() for h in t.held}
-    modules, stacks = set(), set()
-    for name in held:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(module), nn.Linear | Conv1D):
-            modules.add(module)
-        elif model.get_parameter(name).ndim == 3:
-            stacks.add(name)
-    config = LoraConfig(
-        r=3, lora_alpha=24, target_modules=sorted(modules) or None,
-        target_parameters=sorted(stacks) or None,
-    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return get_peft_model(model, config)
-
-
-def merged_weights(model: Any) -> dict[str, Tensor]:
-    model.merge_adapter()
-    found = {
-        ".".join(step for step in name.split(".")[2:] if step != "base_layer"): p.detach().clone()
-        for name, p in model.named_parameters()
-        if ".lora_" not in name
-    }
-    model.unmerge_adapter()
-    return found
+        return get_peft_model(model, lora_on(model, family))
 
 
 @pytest.mark.parametrize("mode", ["freeze", "train_only"])
@@ -250,7 +185,7 @@ def test_lora_leaves_the_neurons_as_they_were(family: Family, mode: Any) -> None
         chosen = {name: units for name, units in chosen.items() if "proj" not in name}
     plan = make_plan(model, NeuronSet.of(model, chosen), mode)
     step(model, family, plan, rate=3e-2)
-    after = merged_weights(model)
+    after = state_of(model)
     masks = masks_of(family.build(), family, chosen)
     same = unmoved(before, after)
     if mode == "freeze":
