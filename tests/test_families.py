@@ -129,8 +129,8 @@ def truths_to_try(family: Family, square: bool) -> list[Truth]:
     ]
 
 
-def units_to_try(truth: Truth) -> tuple[int, int]:
-    return 1, truth.units - 1
+def units_to_try(truth: Truth, square: bool) -> tuple[int, ...]:
+    return (1,) if square else (1, truth.units - 1)
 
 
 def share(held: tuple[Held, ...], unit: int) -> list[tuple[str, Index]]:
@@ -167,7 +167,7 @@ def test_reading_slices_move_their_own_units_and_no_other(family: Family, square
     model = prepared(family, square)
     for truth in truths_to_try(family, square):
         before = watch(family, model, truth)[0]
-        for unit in units_to_try(truth):
+        for unit in units_to_try(truth, square):
             for held in truth.readers:
                 with changed(model, share((held,), unit)):
                     after = watch(family, model, truth)[0]
@@ -183,7 +183,7 @@ def test_writing_slices_carry_all_of_a_unit_and_nothing_else(family: Family, squ
     model = prepared(family, square)
     for truth in truths_to_try(family, square):
         _, written, _ = watch(family, model, truth)
-        for unit in units_to_try(truth):
+        for unit in units_to_try(truth, square):
             rest = [other for other in range(truth.units) if other != unit]
             mine = share((truth.writer,), unit)
             without, alone = (watch(family, model, truth, silent) for silent in ([unit], rest))
