@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -30,15 +30,22 @@ every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: fa
 every_build = pytest.mark.parametrize("square", [False, True], ids=["plain", "square"])
 
 
+class Enough(Exception):
+    """The rest of the forward pass is not needed."""
+
+
 class Watch(TorchFunctionMode):
     """What flows into a truth's writing weight, whichever operation uses it, and what comes out.
 
-    The activations of the units in ``silent`` are put to zero on their way.
+    The activations of the units in ``silent`` are put to zero on their way. With ``no_further``
+    the forward pass ends there.
     """
 
-    def __init__(self, model: nn.Module, truth: Truth, silent: list[int]) -> None:
+    def __init__(
+        self, model: nn.Module, truth: Truth, silent: list[int], no_further: bool = False
+    ) -> None:
         super().__init__()
-        self.truth, self.silent = truth, silent
+        self.truth, self.silent, self.no_further = truth, silent, no_further
         self.weight = model.get_parameter(truth.writer.parameter)
         self.storage = self.weight.untyped_storage().data_ptr()
         self.inputs: list[Tensor] = []
@@ -56,6 +63,8 @@ class Watch(TorchFunctionMode):
         result = func(*args[:position], given, *args[position + 1 :], **(kwargs or {}))
         self.inputs.append(units.flatten(0, -3))
         self.outputs.append(self.mine(result).flatten(0, -2))
+        if self.no_further:
+            raise Enough
         return result
 
     def mine(self, tokens: Tensor) -> Tensor:
@@ -74,14 +83,22 @@ class Watch(TorchFunctionMode):
 @torch.no_grad()
 def watch(
     family: Family, model: PreTrainedModel, truth: Truth, silent: list[int] | None = None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Activations (tokens, units, width), what the writer makes of them, and the model's output."""
+) -> tuple[Tensor, list[Tensor]]:
+    """What the writing weight makes of the activations, and the model's output."""
     with Watch(model, truth, silent or []) as seen:
         output = model(**family.inputs())
-    assert seen.inputs, f"{truth.writer.parameter} was not used"
+    assert seen.outputs, f"{truth.writer.parameter} was not used"
     found = [value for value in output.values() if isinstance(value, Tensor)]
     assert found
-    return torch.cat(seen.inputs), torch.cat(seen.outputs), found
+    return torch.cat(seen.outputs), found
+
+
+@torch.no_grad()
+def activations(family: Family, model: PreTrainedModel, truth: Truth) -> Tensor:
+    """What flows into a truth's writing weight, (tokens, units, width)."""
+    with suppress(Enough), Watch(model, truth, [], no_further=True) as seen:
+        model(**family.inputs())
+    return torch.cat(seen.inputs)
 
 
 @contextmanager
@@ -129,8 +146,8 @@ def truths_to_try(family: Family, square: bool) -> list[Truth]:
     ]
 
 
-def units_to_try(truth: Truth) -> tuple[int, int]:
-    return 1, truth.units - 1
+def units_to_try(truth: Truth, square: bool) -> tuple[int, ...]:
+    return (1,) if square else (1, truth.units - 1)
 
 
 def share(held: tuple[Held, ...], unit: int) -> list[tuple[str, Index]]:
@@ -166,14 +183,14 @@ def test_families_build_and_run_the_same_each_time(family: Family, square: bool)
 def test_reading_slices_move_their_own_units_and_no_other(family: Family, square: bool) -> None:
     model = prepared(family, square)
     for truth in truths_to_try(family, square):
-        before = watch(family, model, truth)[0]
-        for unit in units_to_try(truth):
+        before = activations(family, model, truth)
+        for unit in units_to_try(truth, square):
             for held in truth.readers:
                 with changed(model, share((held,), unit)):
-                    after = watch(family, model, truth)[0]
+                    after = activations(family, model, truth)
                 assert moved(before, after) == truth.sharers(held, unit), (held, unit)
             with changed(model, share(truth.readers, unit), others=True):
-                after = watch(family, model, truth)[0]
+                after = activations(family, model, truth)
             assert moved(before, after) == {*range(truth.units)} - {unit}, (truth.site, unit)
 
 
@@ -182,16 +199,16 @@ def test_reading_slices_move_their_own_units_and_no_other(family: Family, square
 def test_writing_slices_carry_all_of_a_unit_and_nothing_else(family: Family, square: bool) -> None:
     model = prepared(family, square)
     for truth in truths_to_try(family, square):
-        _, written, _ = watch(family, model, truth)
-        for unit in units_to_try(truth):
+        written, _ = watch(family, model, truth)
+        for unit in units_to_try(truth, square):
             rest = [other for other in range(truth.units) if other != unit]
             mine = share((truth.writer,), unit)
             without, alone = (watch(family, model, truth, silent) for silent in ([unit], rest))
             with changed(model, mine):
-                assert not torch.equal(watch(family, model, truth)[1], written)
-                same(watch(family, model, truth, [unit])[2], without[2])
+                assert not torch.equal(watch(family, model, truth)[0], written)
+                same(watch(family, model, truth, [unit])[1], without[1])
             with changed(model, mine, others=True):
-                assert torch.equal(watch(family, model, truth, rest)[1], alone[1])
+                assert torch.equal(watch(family, model, truth, rest)[0], alone[0])
 
 
 def same(these: list[Tensor], those: list[Tensor]) -> None:
@@ -223,9 +240,9 @@ def test_heads_are_mixed_exactly_where_it_is_said(family: Family) -> None:
     model = family.build()
     for truth in family.truths():
         if truth.kind == "attention":
-            before = watch(family, model, truth)[0]
+            before = activations(family, model, truth)
             with changed(model, share(truth.readers[:1], 0)):
-                after = watch(family, model, truth)[0]
+                after = activations(family, model, truth)
             assert (moved(before, after) == {0}) != truth.mixes_heads, truth.site
 
 
