@@ -11,6 +11,7 @@ import pytest
 import safeft
 from tests.engine_cell import Cell
 from tests.engines import ENGINES, WRAPPERS, broken, launch, table
+from tests.families import FAMILIES
 from tests.freezing import LARGE, model_of, neurons_of
 
 pytestmark = pytest.mark.distributed
@@ -50,6 +51,13 @@ OWN = {
         Cell("gathered-bf16", dtype="bfloat16", engine=KEEP),
     ],
 }
+FAMILY = [
+    Cell(f"{family}-{tuning}", tuning, family=family)  # pyright: ignore
+    for family in ("phi3", "gpt2", "mixtral", "gpt_oss")
+    for tuning in ("full", "lora")
+]
+"""Fused, transposed and stacked matrices; of the last also transposed, interleaved and biased."""
+
 APART = [
     Cell("plain", set=None),
     Cell("nothing", "lora", set="small", targets=("k_proj",), aside=True),
@@ -71,7 +79,20 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     cells = [*table(), *BROKEN, *EVERYWHERE, *OWN.get(engine, []), *APART]
     if engine == "ddp":
         cells += TAMPERED
+    if engine in ("single", "fsdp2", "zero3"):
+        cells += FAMILY
     return engine, folder, launch(engine, folder, cells)
+
+
+def wrapper_of(engine: str, cell: dict[str, Any]) -> str:
+    """Other families' classes have other names; under LoRA they are not causal models to PEFT."""
+    expected = WRAPPERS[engine, cell["tuning"]]
+    if not cell["family"]:
+        return expected
+    if cell["tuning"] == "lora":
+        return expected.replace("PeftModelForCausalLM", "PeftModel")
+    family = next(family for family in FAMILIES if family.name == cell["family"])
+    return expected.replace("LlamaForCausalLM", type(family.build()).__name__)
 
 
 def check_exact(engine: str, ranks: list[dict[str, Any]], size: int = 2) -> None:
@@ -83,7 +104,7 @@ def check_exact(engine: str, ranks: list[dict[str, Any]], size: int = 2) -> None
         assert report["error"] is None
         said = report["run"]
         assert report["world_size"] == size
-        assert report["wrapper"] == WRAPPERS[engine, cell["tuning"]]
+        assert report["wrapper"] == wrapper_of(engine, cell)
         assert report["partitioned"] == (engine == "zero3")
         assert (report["parameter"] == "DTensor") == (engine == "fsdp2")
         assert (said["engine"], said["processes"]) == (engine, size)
@@ -114,6 +135,14 @@ def test_what_only_one_engine_has_is_exact_as_well(run: Any) -> None:
         check_exact(engine, reports[cell.name])
     if engine == "fsdp2":
         assert reports["wrapped"][0]["checkpoint_wrappers"] > 0
+
+
+def test_fused_transposed_and_expert_layouts_are_exact(run: Any) -> None:
+    engine, _, reports = run
+    if engine not in ("single", "fsdp2", "zero3"):
+        pytest.skip("three engines stand for the three ways of storing a weight")
+    for cell in FAMILY:
+        check_exact(engine, reports[cell.name])
 
 
 def test_without_the_pin_weight_decay_moves_neurons_and_every_process_says_so(run: Any) -> None:

@@ -190,19 +190,25 @@ def _open_tuned(
 
 
 def _open_checkpoint(folder: Path, shape_model: nn.Module, files: ExitStack) -> Weights:
-    """A saved model, slice by slice where its weights are stored under the model's names.
+    """A saved model, slice by slice where its weights are stored under the model's own names.
 
-    Experts are saved one by one and stacked as they are loaded, so such a model is loaded whole.
+    Transformers saves some models under others: experts one by one, towers by older names. Such a
+    model is loaded whole, by transformers.
     """
     stored = files.enter_context(CheckpointWeights(folder))
-    sites = find_sites(shape_model)
-    wanted = {name for site in sites.values() for part in site.parts for name, _ in part.tensors}
-    if wanted <= set(stored.names()) or not any(
-        s.writes.expert is not None for s in sites.values()
-    ):
+    sites = find_sites(shape_model).values()
+    wanted = {name for site in sites for part in site.parts for name, _ in part.tensors}
+    if wanted <= set(stored.names()):
         return stored
     cls: Any = type(shape_model)
-    return ModelWeights(cls.from_pretrained(folder, dtype="auto", device_map="cpu"))
+    try:
+        model, seen = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArtefactError(
+            f"{str(folder)!r} cannot be loaded as a {cls.__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    lost = wanted & {*seen["missing_keys"], *(key for key, *_ in seen["mismatched_keys"])}
+    return stored if lost else ModelWeights(model)
 
 
 def _folder(place: str | Path) -> Path:

@@ -87,8 +87,9 @@ def has(holder: nn.Module, *children: str) -> bool:
 def mlps_of(where: Where, tower: Tower) -> list[Site]:
     """The MLPs of a block: several where experts, shared ones and others stand side by side."""
     found: list[Site] = []
+    rules = (*MLPS, (("up_proj",), "down_proj")) if tower.ungated else MLPS
     for path, holder in where.modules():
-        rule = next((rule for rule in MLPS if has(holder, *rule[0], rule[1])), None)
+        rule = next((rule for rule in rules if has(holder, *rule[0], rule[1])), None)
         if rule is not None:
             found.append(mlp_of(where, path, holder, *rule))
         elif _is_experts(dense(holder)):
@@ -197,6 +198,11 @@ def _split_attention(
 ) -> Site:
     writer = where.matrix(holder, path, writes)
     width = _head_width(where, writer, heads)
+    if has(holder, "q_layernorm.norms"):
+        raise UnsupportedModelError(
+            f"{path} of this {where.model_type!r} model has a norm of its own for each head "
+            "(qk_layernorm), which there is no rule for, so its heads could not be held whole."
+        )
     parts: list[Part] = []
     for child, norm in zip(reads, ("q_norm", "k_norm", ""), strict=False):
         matrix = where.matrix(holder, path, child)

@@ -18,6 +18,7 @@ class Tower:
             all keys, all values (``chunks``); query, key and value of each head (``heads``); or
             one of these, or groups of heads, by the config's ``multi_query`` and
             ``new_decoder_architecture`` (``falcon``).
+        ungated: An MLP's ``up_proj`` has no gate beside it.
         gated_queries: The matrix of queries holds, head by head, a query and a gate for it.
         shared_keys: Some blocks have no matrix of values, or of keys and values: they use their
             keys, or an earlier block's; and the number of key heads differs from block to block.
@@ -28,6 +29,7 @@ class Tower:
 
     name: TowerName = "text"
     fused: Literal["chunks", "heads", "falcon"] = "chunks"
+    ungated: bool = False
     gated_queries: bool = False
     shared_keys: bool = False
     linear: str = ""
@@ -43,7 +45,7 @@ TOWERS: Mapping[str, Tower] = {
             "cohere2 stablelm starcoder2 phi phi3 glm glm4 gpt2 opt exaone4 mixtral qwen2_moe "
             "qwen3_moe olmoe gpt_oss deepseek_v3 bert roberta clip_text_model qwen2_vl_text "
             "qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text olmo3 ministral3 hunyuan_v1_dense "
-            "ernie4_5 seed_oss apertus nemotron gptj gpt_neo phimoe granitemoe glm4_moe "
+            "ernie4_5 seed_oss gptj gpt_neo phimoe granitemoe glm4_moe "
             "xlm-roberta distilbert modernbert"
         ).split(),
         _TEXT,
@@ -53,6 +55,7 @@ TOWERS: Mapping[str, Tower] = {
     **dict.fromkeys(
         ("qwen3_next", "qwen3_5_text"), Tower(gated_queries=True, linear="linear_attn")
     ),
+    **dict.fromkeys(("apertus", "nemotron"), Tower(ungated=True)),
     "gemma4_text": Tower(shared_keys=True),
     "llama4_text": Tower(experts_transposed=True),
     **dict.fromkeys(
@@ -79,7 +82,6 @@ PROJECTOR = re.compile(r"(?:projector|merger|connector|vision_adapter)")
 MLPS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("gate_up_proj",), "down_proj"),
-    (("up_proj",), "down_proj"),
     (("Wi",), "Wo"),
     (("fc1",), "fc2"),
     (("linear_fc1",), "linear_fc2"),
