@@ -215,7 +215,7 @@ def test_what_is_found_first_carries_refusal() -> None:
 
 @every_place
 def test_planted_units_land_in_the_right_groups(layer: int, sign: int) -> None:
-    """The refusing unit is safety-critical, one that harm quiets utility-critical, a dead one spare.
+    """What refuses is safety-critical, what harm quiets utility-critical, what is dead redundant.
 
     With the two prompt files exchanged, the first two change places.
     """
