@@ -4,6 +4,7 @@ python recipes/smoke_data.py
 """
 
 import json
+import random
 from pathlib import Path
 
 from safeft.demo import world
@@ -22,6 +23,11 @@ if __name__ == "__main__":
     lines("benign.txt", world.benign("calibration"))
     lines("harmful_test.txt", world.harmful("test"))
     lines("benign_test.txt", world.benign("test"))
+    draw = random.Random(0)
+    lines("other_harmful.txt", draw.sample(world.harmful("train"), 128))
+    lines("other_benign.txt", [e.prompt for e in draw.sample(world.general("train"), 128)])
+    questions = [{"prompt": e.prompt, "response": e.value} for e in world.general("test")]
+    lines("questions_test.jsonl", [json.dumps(row) for row in questions])
     examples = world.domain("train")
     lines("train.jsonl", [json.dumps({"messages": e.messages}) for e in examples])
     others = examples[1:] + examples[:1]

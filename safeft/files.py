@@ -35,12 +35,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """All files or none: on a full disk, new tensors beside an old config would be a broken set."""
+    """All files or none: on a full disk, new tensors beside an old config would be a broken set.
+
+    Names may hold folders (``scu/config.json``).
+    """
     existed = folder.exists()
     staging = folder / f".{os.getpid()}.part"
     try:
         for name, content in files.items():
             write_whole(staging / name, content)
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
         for name in files:
             (staging / name).replace(folder / name)
     except OSError as error:

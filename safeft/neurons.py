@@ -191,13 +191,11 @@ class NeuronSet:
             ArtefactError: The folder holds a model, or cannot be written.
         """
         folder = Path(folder)
-        names = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
-        taken = [name for name in names if (folder / name).exists()]
-        if taken and _is_foreign(folder):
-            raise ArtefactError(
-                f"{str(folder)!r} holds a model or something else ({', '.join(taken)}); saving the "
-                "set there would overwrite its files. Give a folder of its own."
-            )
+        check_own(folder, "NeuronSet")
+        write_together(folder, self.files())
+
+    def files(self) -> dict[str, str | bytes]:
+        """What :meth:`save_pretrained` writes, by file name."""
         tensors = {}
         for name in self.indices:
             tensors[f"{name}.indices"] = self.units_of(name)
@@ -223,7 +221,7 @@ class NeuronSet:
             method=self.source.get("method", "given"),
         )
         settings = json.dumps(config, indent=2) + "\n"
-        write_together(folder, {TENSORS_NAME: data, CONFIG_NAME: settings, CARD_NAME: card})
+        return {TENSORS_NAME: data, CONFIG_NAME: settings, CARD_NAME: card}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -234,12 +232,9 @@ class NeuronSet:
                 own model does not have.
         """
         folder = Path(folder)
-        config = _config(folder)
+        config = read_config(folder)
         if config.get("kind") != "NeuronSet":
-            raise ArtefactError(
-                f"{str(folder)!r} is not a neuron set (kind: {config.get('kind')!r}). Give the "
-                "output folder of `safeft locate`."
-            )
+            raise _other_kind(folder, config.get("kind"))
         if config.get("safeft") != SCHEMA_VERSION:
             raise ArtefactError(
                 f"{str(folder)!r} has schema {config.get('safeft')!r}; this safeft reads "
@@ -311,7 +306,12 @@ def moved_error(neurons: NeuronSet, moved: list[tuple[str, int]], where: str) ->
     )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings of a saved artefact.
+
+    Raises:
+        ArtefactError: Missing, unreadable, or not a mapping.
+    """
     path = folder / CONFIG_NAME
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -329,11 +329,32 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _is_foreign(folder: Path) -> bool:
-    """Whether what lies in ``folder`` is no artefact of safeft's, such as a model."""
-    if not (folder / CONFIG_NAME).is_file():
-        return True
-    return _config(folder).get("kind") != "NeuronSet"
+def _other_kind(folder: Path, kind: Any) -> ArtefactError:
+    if kind != "UnitGroups":
+        return ArtefactError(
+            f"{str(folder)!r} is not a neuron set (kind: {kind!r}). Give the output folder of "
+            "`safeft locate`."
+        )
+    return ArtefactError(
+        f"{str(folder)!r} holds four groups of units, and it is not said which of them is meant; "
+        "to train what should be held would undo what you protect. Give `freeze: scu+cu:6%` or "
+        f"`budget: ru` beside it, or the folder of one group, {str(folder / 'scu')!r}."
+    )
+
+
+def check_own(folder: Path, kind: str) -> None:
+    """Refuse to save where a model, or anything but an artefact of this kind, would be overwritten.
+
+    Raises:
+        ArtefactError: There is such a thing.
+    """
+    names = (CONFIG_NAME, TENSORS_NAME, CARD_NAME)
+    taken = [name for name in names if (folder / name).exists()]
+    if taken and (not (folder / CONFIG_NAME).is_file() or read_config(folder).get("kind") != kind):
+        raise ArtefactError(
+            f"{str(folder)!r} holds a model or something else ({', '.join(taken)}); saving the "
+            "set there would overwrite its files. Give a folder of its own."
+        )
 
 
 def _numbers(tensor: Tensor) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from safeft.capture import silence
 from safeft.generation import generate
-from safeft.locators import locate
+from safeft.locators import GroupSizes, locate, locate_groups
 from safeft.neurons import NeuronSet
 from safeft.prompts import as_prompts
 from safeft.sites import find_sites
@@ -213,7 +213,50 @@ def test_what_is_found_first_carries_refusal() -> None:
         assert refused(truth.model, UNSEEN_HARMFUL) == 0
 
 
+@every_place
+def test_planted_units_land_in_the_right_groups(layer: int, sign: int) -> None:
+    """What refuses is safety-critical, what harm quiets utility-critical, what is dead redundant.
+
+    With the two prompt files exchanged, the first two change places.
+    """
+    truth, quieted, dead = planted(layer, sign), 5, 40
+    model = deepcopy(truth.model)
+    with torch.no_grad():
+        model.get_submodule(truth.site).down_proj.weight[:, dead] = 0
+    sizes = GroupSizes(scu=0.01, ucu=0.01, ru=0.2)
+    groups = locate_groups(model, TOKENIZER, HARMFUL, BENIGN, sizes=sizes)
+    assert groups.scu.indices == {truth.site: (truth.unit,)}
+    assert groups.ucu.indices == {truth.site: (quieted,)}
+    assert groups.resolve("ru:1%").indices == {truth.site: (dead,)}
+    exchanged = locate_groups(model, TOKENIZER, BENIGN, HARMFUL, sizes=sizes)
+    assert exchanged.scu.indices == groups.ucu.indices
+    assert exchanged.ucu.indices == groups.scu.indices
+    assert exchanged.ru.indices == groups.ru.indices
+
+
+def test_pruning_a_group_does_what_its_name_says() -> None:
+    truth = planted(2)
+    groups = locate_groups(truth.model, TOKENIZER, HARMFUL, BENIGN, sizes=GroupSizes(0.01))
+    sites = find_sites(truth.model)
+    for neurons, harmful, benign in ((groups.scu, 0, 0), (groups.ru, 1, 0), (groups.ucu, 1, 0)):
+        with silence(truth.model, neurons.indices, sites):
+            assert refused(truth.model, UNSEEN_HARMFUL) == harmful
+            assert refused(truth.model, UNSEEN_BENIGN) == benign
+
+
 # What methods cannot do, kept here so that nobody claims it.
+
+
+def test_groups_take_an_idle_unit_for_critical_where_prompts_of_one_side_are_shorter() -> None:
+    """A unit that fires where the answer starts varies more over the tokens of short prompts."""
+    truth, idle = planted(), 5
+    sizes = GroupSizes(scu=0.01, ucu=0.01, ru=0.2)
+    harmful, benign = ([p.ljust(length, ".") for p in side] for length, side in
+                       ((24, HARMFUL), (72, BENIGN)))  # fmt: skip
+    found = locate_groups(truth.model, TOKENIZER, harmful, benign, sizes=sizes)
+    assert found.scu.indices == {truth.site: (idle,)}
+    with silence(truth.model, found.scu.indices, find_sites(truth.model)):
+        assert refused(truth.model, HARMFUL) == 1
 
 
 def test_wanda_does_not_find_a_single_neuron() -> None:

@@ -78,6 +78,16 @@ def test_cluster_scripts_are_shell_and_name_keys_that_exist(name: str) -> None:
         assert used <= known | {"model_name_or_path", "dataset_name"}, used
 
 
+@pytest.mark.parametrize("name", ["smoke", "qwen2_5_1_5b"])
+def test_study_config_parses(name: str) -> None:
+    path = ROOT / f"configs/ssah_study/{name}.yaml"
+    (found,) = TrlParser((recipe_config("ssah_study"),)).parse_args_and_config(
+        ["--config", str(path)]
+    )
+    given = yaml.safe_load(path.read_text())
+    assert {key: getattr(found, key) for key in given} == given
+
+
 def test_a_misspelt_key_is_refused(tmp_path: Path) -> None:
     text = (ROOT / "configs/freeze_sft/smoke.yaml").read_text()
     wrong = tmp_path / "wrong.yaml"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from safeft.locators import UnitGroups
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -47,3 +49,28 @@ def test_recipe(recipe: str, workplace: Path) -> None:
         evaluation = json.loads((workplace / "runs/smoke/freeze_sft/evaluation.json").read_text())
         assert evaluation["before"]["refusal"]["value"] >= 0.8
         assert evaluation["after"]["refusal"]["total"] == 16
+
+
+def test_ssah_study(workplace: Path) -> None:
+    script, config = ROOT / "recipes/ssah_study.py", ROOT / "configs/ssah_study/smoke.yaml"
+    assert len(script.read_text().splitlines()) <= 150
+    run(workplace, str(script), "--config", str(config))
+    place = workplace / "runs/smoke/ssah_study"
+    study = json.loads((place / "study.json").read_text())
+    main, swept = study["pruned"][:4], study["pruned"][4:]
+    assert [row["group"] for row in main] == ["scu", "ucu", "ru", "cu"]
+    assert sum(row["count"] for row in main) == sum(study["units"].values()) == 5 * 512
+    assert [row["count"] for row in swept] == [128]
+    for row in study["pruned"]:
+        assert sum(row["layers"].values()) == row["count"]
+        assert len(row["random"]["refusal"]) == 2
+        assert row["located"]["refusal"]["total"] == 32
+    for scu in (main[0], swept[0]):
+        assert scu["located"]["refusal"]["value"] < min(scu["random"]["refusal"])
+        assert scu["p_lower"]["refusal"] == pytest.approx(1 / 3)
+    for kinds in study["stability"].values():
+        assert set(kinds) == {"halves", "other harmful prompts", "other benign prompts"}
+        assert len(kinds["halves"]["jaccard"]) == 2
+    assert (place / "study.svg").read_text().startswith("<svg")
+    groups = UnitGroups.from_pretrained(place / "groups")
+    assert [len(getattr(groups, row["group"])) for row in main] == [row["count"] for row in main]

@@ -8,6 +8,7 @@ import pytest
 
 from safeft.errors import ArtefactError
 from safeft.report.html import write_report
+from safeft.report.plots import pruned_groups
 from safeft.report.result import Comparison, Point, Run, Spread, refusal_at, table
 
 MEASURES = {
@@ -118,3 +119,35 @@ def test_full_disk_leaves_no_half_page(
     with pytest.raises(ArtefactError, match="No space left"):
         write_report(comparison, tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def study(*shares: float, seeds: int = 3) -> dict:
+    def rates(value: float) -> dict:
+        return {name: {"value": value, "low": value - 0.1, "high": value + 0.1}
+                for name in ("refusal", "utility")}  # fmt: skip
+
+    def drawn(value: float, count: int) -> dict:
+        return {name: [value + 0.01 * n for n in range(count)] for name in ("refusal", "utility")}
+
+    def row(group: str, share: float, again: int) -> dict:
+        return {"group": group, "share": share, "located": rates(0.3), "halves": drawn(0.4, again),
+                "random": drawn(0.8, seeds)}  # fmt: skip
+
+    pairs = {"jaccard": [0.5] * seeds, "by_chance_per_layer": [0.1] * seeds}
+    return {
+        "dense": rates(0.9),
+        "pruned": [row("scu", 0.013, seeds), row("ru", 0.148, seeds)]
+        + [row("scu", share, 0) for share in shares],
+        "stability": {name: {"halves": pairs} for name in ("scu", "ru")},
+    }
+
+
+def test_the_picture_of_pruned_groups() -> None:
+    shown = pruned_groups(study(0.05, 0.1))
+    for text in ("SCU 1.3%", "RU 14.8%", "random, same layers", "located twice", "units pruned, %"):
+        assert text in shown
+    assert "SCU 5.0%" not in shown  # a share of the sweep has no row of its own
+    assert pruned_groups(study(0.05, 0.1)) == shown
+    plain = pruned_groups(study(seeds=1))
+    assert "units pruned" not in plain
+    assert "SCU 1.3%" in plain

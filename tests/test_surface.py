@@ -67,7 +67,7 @@ FLAGS = {
     "locate": (
         "safeft.commands.locate",
         "LocateConfig",
-        {"model_name_or_path", "harmful", "benign", "method", "fraction", "output_dir"},
+        {"model_name_or_path", "harmful", "benign", "method", "fraction", "output_dir", "groups"},
     ),
     "verify": ("safeft.commands.verify", "VerifyConfig", {"base", "tuned", "protected", "json"}),
     "demo": ("safeft.commands.demo", "DemoConfig", {"output_dir", "seeds", "fractions"}),
@@ -76,7 +76,11 @@ FLAGS = {
         "EvaluateConfig",
         {"model_name_or_path", "harmful", "benign", "domain", "base", "judge"},
     ),
-    "sft": ("safeft.commands.training", "SafetyArguments", {"protected", "protect_mode", "hold"}),
+    "sft": (
+        "safeft.commands.training",
+        "SafetyArguments",
+        {"protected", "protect_mode", "hold", "freeze", "budget"},
+    ),
 }
 
 

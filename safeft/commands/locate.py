@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from safeft.commands.loading import join_processes, load_model, read_template, shard
 from safeft.commands.parsing import parse
+from safeft.errors import ConfigError
 
 
 @dataclass
@@ -39,6 +40,19 @@ class LocateConfig:
     )
     fill: bool = field(
         default=True, metadata={"help": "Give places of units passed over to the next best."}
+    )
+    groups: bool = field(
+        default=False,
+        metadata={"help": "Divide all units into the groups scu, ucu, ru, cu (variance only)."},
+    )
+    scu: float | None = field(
+        default=None, metadata={"help": "Share of safety-critical units, with groups (0.013)."}
+    )
+    ucu: float | None = field(
+        default=None, metadata={"help": "Share of utility-critical units, with groups (0.133)."}
+    )
+    ru: float | None = field(
+        default=None, metadata={"help": "Share of redundant units, with groups (0.148)."}
     )
     sites: Literal["mlp", "attention", "all"] = field(
         default="mlp", metadata={"help": "MLP hidden units, attention heads, or both."}
@@ -75,6 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     }
     if any(value is not None for value in amount.values()):
         Selection(**amount)  # Says what is wrong before a model is loaded.
+    sizes = group_sizes(config)
     harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
     benign = read_prompts(config.benign, config.benign_column)[: config.limit]
     template = read_template(config.chat_template_path)
@@ -83,6 +98,8 @@ def main(arguments: Sequence[str]) -> int:
         config.model_name_or_path, config.dtype, config.device, config.device_map
     )
     shard(model)
+    if sizes is not None:
+        return _locate_groups(config, sizes, model, tokenizer, harmful, benign, template)
     neurons = locate(
         model,
         tokenizer,
@@ -111,4 +128,76 @@ def main(arguments: Sequence[str]) -> int:
     for name, units in neurons.indices.items():
         share = len(units) / neurons.model.units[name]
         print(f"  {name:<32} {len(units):>6}  {share:>6.1%}  {'#' * round(40 * share)}")
+    return 0
+
+
+def group_sizes(config: LocateConfig) -> Any:
+    """The sizes of the groups asked for; None where one set is.
+
+    Raises:
+        ConfigError: Keys of the one are given with the other, or a method that gives no groups.
+        SelectionError: A share that is none.
+    """
+    from safeft.locators import GroupSizes
+
+    shares = {"scu": config.scu, "ucu": config.ucu, "ru": config.ru}
+    given = {name: value for name, value in shares.items() if value is not None}
+    if not config.groups:
+        if given:
+            raise ConfigError(
+                f"{given} are sizes of groups, and one set is to be located, so they would be "
+                "without effect. Add `--groups`, or give `fraction`."
+            )
+        return None
+    if config.method != "variance":
+        raise ConfigError(
+            f"method={config.method!r} gives no groups: these add and subtract the importance of a "
+            "unit on harmful and on ordinary prompts, which only `variance` measures in one unit. "
+            "Use `--method variance --groups`."
+        )
+    amount = {"fraction": config.fraction, "count": config.count, "threshold": config.threshold}
+    extra = {name: value for name, value in amount.items() if value is not None}
+    if extra:
+        raise ConfigError(
+            f"{extra} is the size of one set, and `groups` divides all units, so it would be "
+            "without effect. Give the shares `scu`, `ucu` and `ru` instead."
+        )
+    return GroupSizes(**given, scope=config.scope or "global")
+
+
+def _locate_groups(
+    config: LocateConfig,
+    sizes: Any,
+    model: Any,
+    tokenizer: Any,
+    harmful: Any,
+    benign: Any,
+    template: str | None,
+) -> int:
+    from safeft.locators import locate_groups
+    from safeft.locators.groups import GROUPS
+    from safeft.processes import leave, rank, together
+
+    groups = locate_groups(
+        model,
+        tokenizer,
+        harmful,
+        benign,
+        sizes=sizes,
+        sites=config.sites,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        chat_template=template,
+        share=True,
+    )
+    first = rank() == 0
+    together(lambda: groups.save_pretrained(config.output_dir) if first else None)
+    leave()
+    if not first:
+        return 0
+    total = sum(map(len, groups.depth.values()))
+    print(f"{total} units in four groups by variance, in {config.output_dir}")
+    for name in GROUPS:
+        count = len(getattr(groups, name))
+        print(f"  {name:<4} {count:>8}  {count / total:>6.1%}  {'#' * round(40 * count / total)}")
     return 0

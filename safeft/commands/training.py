@@ -21,6 +21,14 @@ class SafetyArguments:
         default="freeze",
         metadata={"help": "Hold these neurons, or hold everything else and train only them."},
     )
+    freeze: str | None = field(
+        default=None,
+        metadata={"help": "Of a set located with --groups, what to hold: scu, scu+cu:6%%."},
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={"help": "Of a set located with --groups, what alone to train: ru."},
+    )
     hold: list[str] | None = field(
         default=None,
         metadata={"help": "Groups to hold whole as well: embeddings norms head biases."},
@@ -47,6 +55,12 @@ class SafetyArguments:
 def callbacks(safety: SafetyArguments) -> list[Any]:
     """The freezing callback, or nothing and a warning where nothing is to be protected."""
     if safety.protected is None:
+        if safety.freeze or safety.budget:
+            raise ConfigError(
+                f"freeze={safety.freeze!r}, budget={safety.budget!r}: these name groups of units, "
+                "and no `protected` set is given to take them from. Give the folder that `safeft "
+                "locate --method variance --groups` wrote."
+            )
         if safety.hold:
             raise ConfigError(
                 f"hold={safety.hold} is given without `protected`: it holds groups beside located "
@@ -56,17 +70,46 @@ def callbacks(safety: SafetyArguments) -> list[Any]:
         return []
     from safeft.freeze.callback import SafetyFreezeCallback
 
+    neurons, mode = chosen(safety.protected, safety.freeze, safety.budget, safety.protect_mode)
     hold: Any = tuple(safety.hold or ())
     return [
         SafetyFreezeCallback(
-            safety.protected,
-            safety.protect_mode,
+            neurons,
+            mode,
             hold=hold,
             strict=not safety.allow_other_weights,
             engine=safety.engine,
             processes=safety.processes,
         )
     ]
+
+
+def chosen(protected: str, freeze: str | None, budget: str | None, mode: Any) -> tuple[Any, Any]:
+    """The set that is meant (or the folder of one) and the mode; groups are asked for by name.
+
+    Raises:
+        ConfigError: Keys that exclude each other, or an expression that names no groups.
+        SelectionError: A percentage that a group does not hold.
+        ArtefactError: The folder holds no groups.
+    """
+    if freeze is None and budget is None:
+        return protected, mode
+    if freeze is not None and budget is not None:
+        raise ConfigError(
+            f"freeze={freeze!r} and budget={budget!r} are both given: the one holds these units "
+            "and trains all others, the other trains these and holds all others. Give one of them."
+        )
+    if freeze is not None and mode == "train_only":
+        raise ConfigError(
+            f"freeze={freeze!r} holds these units, and the mode is 'train_only', which would train "
+            f"them and nothing else. Leave the mode out, or give `budget: {freeze}`."
+        )
+    from safeft.locators import UnitGroups
+    from safeft.processes import together
+
+    text = budget if freeze is None else freeze
+    neurons = together(lambda: UnitGroups.from_pretrained(protected).resolve(str(text)))
+    return neurons, "freeze" if budget is None else "train_only"
 
 
 def datasets_of(script: Any, mixture: Any, safety: SafetyArguments) -> Any:

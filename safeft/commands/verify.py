@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from safeft.commands.parsing import parse
+from safeft.commands.training import chosen
 
 
 @dataclass
@@ -18,6 +19,12 @@ class VerifyConfig:
     mode: Literal["freeze", "train_only"] = field(
         default="freeze",
         metadata={"help": "The neurons must be unchanged, or everything but them."},
+    )
+    freeze: str | None = field(
+        default=None, metadata={"help": "Of groups, what was held: scu, scu+cu:6%%."}
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "Of groups, what alone was trained: ru."}
     )
     hold: list[str] | None = field(
         default=None, metadata={"help": "Groups that were held as well: embeddings norms head."}
@@ -33,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     from safeft.freeze.verify import verify
 
     hold: Any = tuple(config.hold or ())
-    certificate = verify(config.base, config.tuned, config.protected, mode=config.mode, hold=hold)
+    neurons, mode = chosen(config.protected, config.freeze, config.budget, config.mode)
+    certificate = verify(config.base, config.tuned, neurons, mode=mode, hold=hold)
     if config.output is not None:
         certificate.save(config.output)
     text = json.dumps(certificate.to_dict(), indent=2) if config.json else certificate.summary()

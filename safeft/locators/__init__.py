@@ -17,6 +17,8 @@ from safeft.files import sha256
 from safeft.generation import generate
 from safeft.locators.attribution import AttributionFitter
 from safeft.locators.contrast import ContrastFitter
+from safeft.locators.grouping import Grouping, GroupSizes, check_sizes, group
+from safeft.locators.groups import UnitGroups
 from safeft.locators.openings import refusal_openings
 from safeft.locators.random import RandomFitter
 from safeft.locators.scores import Fitter, Scores, Side, merged
@@ -35,14 +37,19 @@ __all__ = [
     "AttributionFitter",
     "ContrastFitter",
     "Fitter",
+    "GroupSizes",
+    "Grouping",
     "Method",
     "RandomFitter",
     "Scores",
     "Selection",
     "SnipFitter",
+    "UnitGroups",
     "VarianceFitter",
     "WandaFitter",
+    "group",
     "locate",
+    "locate_groups",
     "score",
     "select",
 ]
@@ -156,12 +163,55 @@ def locate(
     source = {
         "method": method,
         **settings,
-        "calibration": {
-            side: {"count": len(prompts), "sha256": _hash(prompts)}
-            for side, prompts in sides.items()
-        },
+        "calibration": _calibration(sides),
     }
     return NeuronSet.of(model, indices, source)
+
+
+def locate_groups(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Iterable[PromptLike],
+    benign: Iterable[PromptLike],
+    *,
+    sizes: GroupSizes | None = None,
+    sites: Where = "mlp",
+    batch_size: int = 16,
+    max_length: int = 1024,
+    chat_template: str | None = None,
+    share: bool = False,
+) -> UnitGroups:
+    """Divide all units into safety-critical, utility-critical, redundant and complex ones.
+
+    One pass over the prompts, by the ``variance`` scores; see :mod:`safeft.locators.grouping`.
+    Other arguments, and what is raised, are as in :func:`locate`.
+
+    Args:
+        sizes: The shares of the groups; by default those of the paper's Llama 2 7B.
+
+    Example:
+        >>> groups = locate_groups(model, tokenizer, harmful, benign)  # doctest: +SKIP
+        >>> SafetyFreezeCallback(groups.resolve("scu+cu:6%"))  # doctest: +SKIP
+    """
+    _check_choice("sites", sites, tuple(_KINDS))
+    found = find_sites(model, _KINDS[sites])
+    check_sizes(found, sizes or GroupSizes())
+    sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
+    _check_sides(sides)
+    with _evaluating(model):
+        scores = score(
+            _fitter("variance", model, found, 0),
+            model,
+            tokenizer,
+            sides,
+            batch_size=batch_size,
+            max_length=max_length,
+            chat_template=chat_template,
+            share=share and not any(is_split(p) for p in model.parameters()),
+        )
+    grouping = group(scores, found, sizes)
+    source = {"method": "variance", "sites": sites, "calibration": _calibration(sides)}
+    return UnitGroups.of(model, from_first(grouping) if share else grouping, source)
 
 
 def score(
@@ -265,6 +315,12 @@ def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
             "Harmful and benign prompts are the same; there is nothing to tell apart. Is one file "
             "given twice?"
         )
+
+
+def _calibration(sides: Mapping[Side, Sequence[Prompt]]) -> dict[str, Any]:
+    return {
+        side: {"count": len(prompts), "sha256": _hash(prompts)} for side, prompts in sides.items()
+    }
 
 
 def _hash(prompts: Sequence[Prompt]) -> str:

@@ -77,15 +77,10 @@ def select(
         >>> select(found, {"a.mlp": site}, Selection(count=2))
         {'a.mlp': (1, 2)}
     """
-    for name, values in (*scores.safety.items(), *(scores.utility or {}).items()):
-        if not values.isfinite().all():
-            raise SelectionError(
-                f"Scores of {name!r} hold values that are not finite numbers: the model's "
-                "activations overflow. Load it in float32 or bfloat16."
-            )
+    check_finite(scores)
     chosen: dict[str, tuple[int, ...]] = {}
     sites = {name: site for name, site in sites.items() if name not in scores.unscored}
-    for names in _groups(sites, selection.scope):
+    for names in pools(sites, selection.scope):
         safety = torch.cat([scores.safety[name].cpu() for name in names])
         utility = None
         if scores.utility is not None:
@@ -111,12 +106,27 @@ def check_size(sites: Mapping[str, Site], selection: Selection) -> None:
     Raises:
         SelectionError: The count is above the number of units.
     """
-    for names in _groups(sites, selection.scope):
+    for names in pools(sites, selection.scope):
         if selection.threshold is None:
             _size(sum(sites[name].units for name in names), selection)
 
 
-def _groups(sites: Mapping[str, Site], scope: str) -> list[list[str]]:
+def check_finite(scores: Scores) -> None:
+    """Refuse scores that cannot be ranked.
+
+    Raises:
+        SelectionError: Some are not finite numbers.
+    """
+    for name, values in (*scores.safety.items(), *(scores.utility or {}).items()):
+        if not values.isfinite().all():
+            raise SelectionError(
+                f"Scores of {name!r} hold values that are not finite numbers: the model's "
+                "activations overflow. Load it in float32 or bfloat16."
+            )
+
+
+def pools(sites: Mapping[str, Site], scope: str) -> list[list[str]]:
+    """The sites whose units are ranked together: each by itself, or all of a kind."""
     if scope == "layer":
         return [[name] for name in sites]
     kinds = dict.fromkeys(site.kind for site in sites.values())

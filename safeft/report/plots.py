@@ -1,11 +1,11 @@
 """Pictures of a comparison as inline SVG: self-contained, sharp, without scripts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from statistics import fmean
 from typing import Any
 
-from safeft.report.result import Comparison, Point
+from safeft.report.result import Comparison, Point, Spread
 
 _COLOURS = ("#8a8a8a", "#d98c21", "#1f6fb2", "#3a9a5b", "#8e5bb0", "#b23a48", "#4a4a4a", "#2aa5a0")
 
@@ -84,3 +84,100 @@ def neurons_by_layer(comparison: Comparison) -> str:
     axes.set_ylabel("share located")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     return _svg(figure)
+
+
+def pruned_groups(study: Mapping[str, Any]) -> str:
+    """What pruning each group of units does, beside random sets, and how stable the groups are.
+
+    Args:
+        study: What ``recipes/ssah_study.py`` writes. Bars are 95% intervals: over prompts for a
+            group itself, over halves of the calibration prompts, over draws for random sets. Where
+            shares were swept, refusal and utility are shown against them too.
+    """
+    from matplotlib.figure import Figure
+
+    swept = sorted((r for r in study["pruned"] if r["group"] == "scu"), key=lambda r: r["share"])
+    figure = Figure(figsize=(10.5, 6.2 if len(swept) > 1 else 3.4), layout="constrained")
+    grid = figure.add_gridspec(2 if len(swept) > 1 else 1, 6)
+    titles = {"refusal": "harmful prompts refused", "utility": "questions answered right"}
+    for number, (measure, title) in enumerate(titles.items()):
+        panel = _panel(figure, grid[0, 2 * number : 2 * number + 2], f"pruned: {title}")
+        _pruned(panel, study, measure)
+        if len(swept) > 1:
+            panel = _panel(figure, grid[1, 3 * number : 3 * number + 3], f"SCU pruned: {title}")
+            _swept(panel, swept, study["dense"][measure]["value"], measure)
+    _agreement(_panel(figure, grid[0, 4:], "located twice: agreement (Jaccard)"), study)
+    return _svg(figure)
+
+
+def _panel(figure: Any, place: Any, title: str) -> Any:
+    axes = figure.add_subplot(place)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=8)
+    return axes
+
+
+def _pruned(axes: Any, study: Mapping[str, Any], measure: str) -> None:
+    rows = [row for row in study["pruned"] if row["halves"][measure]]
+    axes.axvline(study["dense"][measure]["value"], color=colour(6), linestyle=":", label="whole")
+    for height, row in enumerate(rows):
+        rate = row["located"][measure]
+        again, drawn = (Spread.of(row[name][measure]) for name in ("halves", "random"))
+        _bar(axes, height - 0.2, Spread(rate["value"], rate["low"], rate["high"]), 2, "the group")
+        _bar(axes, height, again, 3, "located on a half")
+        _bar(axes, height + 0.2, drawn, 0, "random, same layers")
+    _name_rows(axes, [f"{row['group'].upper()} {row['share']:.1%}" for row in rows])
+
+
+def _agreement(axes: Any, study: Mapping[str, Any]) -> None:
+    for height, kinds in enumerate(study["stability"].values()):
+        for number, (kind, found) in enumerate(kinds.items()):
+            place = height + 0.2 * (number - (len(kinds) - 1) / 2)
+            label = "two halves of the prompts" if kind == "halves" else kind
+            _bar(axes, place, Spread.of(found["jaccard"]), 3 + number, label)
+            chance = Spread(Spread.of(found["by_chance_per_layer"]).mean)
+            _bar(axes, place, chance, 0, "random, same layers")
+    _name_rows(axes, [group.upper() for group in study["stability"]])
+
+
+def _bar(axes: Any, place: float, found: Spread, number: int, label: str) -> None:
+    """A mean and its interval on one row; of each label only the first is named."""
+    if label in axes.get_legend_handles_labels()[1]:
+        label = "_"
+    low, high = (found.mean if end is None else end for end in (found.low, found.high))
+    axes.errorbar(
+        [found.mean],
+        [place],
+        xerr=[[max(0, found.mean - low)], [max(0, high - found.mean)]],
+        color=colour(number),
+        fmt="o",
+        markersize=4,
+        capsize=2,
+        label=label,
+    )
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(-0.03, 1.03)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+
+
+def _swept(axes: Any, rows: Sequence[Mapping[str, Any]], whole: float, measure: str) -> None:
+    shares = [100 * row["share"] for row in rows]
+    rates = [row["located"][measure] for row in rows]
+    axes.axhline(whole, color=colour(6), linestyle=":", label="whole")
+    for number, label, spreads in (
+        (2, "SCU", [Spread(rate["value"], rate["low"], rate["high"]) for rate in rates]),
+        (0, "random, same layers", [Spread.of(row["random"][measure]) for row in rows]),
+    ):
+        means = [spread.mean for spread in spreads]
+        axes.plot(shares, means, color=colour(number), marker="o", markersize=3, label=label)
+        ends = [(s.mean if s.low is None else s.low, s.high or s.mean) for s in spreads]
+        axes.fill_between(shares, *zip(*ends, strict=True), color=colour(number), alpha=0.15)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("units pruned, %", fontsize=8)
+    axes.legend(frameon=False, fontsize=7)
