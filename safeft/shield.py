@@ -13,7 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+)
 
 from safeft.errors import ConfigError, PromptError
 from safeft.evaluation import Evaluation, evaluate
@@ -169,15 +174,24 @@ def tune(
                 logging_strategy="no",
                 save_strategy="no",
                 report_to="none",
+                disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            callbacks=list(freezing),
+            callbacks=[*freezing, _Bar()],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
     return freezing[0].certificate if freezing else None
+
+
+class _Bar(ProgressCallback):
+    """The trainer's progress bar without the figures it prints beside it."""
+
+    def on_log(self, *arguments: Any, **kwargs: Any) -> None:
+        """Say nothing."""
 
 
 def measure_cells(

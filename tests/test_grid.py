@@ -150,7 +150,14 @@ def test_saved_and_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"cells": 3}', '{"cells": {"../x": 1}, "shared": {"at_least": 2}, "pool": {}}']
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"cells": 3}',
+        '{"cells": {"../x": 1}, "shared": {"at_least": 2}, "pool": {}}',
+    ],
 )
 def test_an_edited_grid_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "overlap.json").write_text(text)

@@ -82,6 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     from safeft.grid import locate_grid
     from safeft.judge import as_judge
     from safeft.locators import Selection
+    from safeft.measure import ready_judge
     from safeft.shield import check_transfer
 
     amount = {"fraction": config.fraction, "count": config.count}
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     cells, held_out = _cells(config)
     judge = as_judge(config.judge, refusal_label=config.refusal_label)
     if examples is not None:
+        ready_judge(judge)
         check_transfer(examples, held_out, _cell(config.tune_on))
     template = read_template(config.chat_template_path)
     model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
