@@ -140,3 +140,22 @@ def before_and_after(
     panels[0].invert_yaxis()
     panels[0].legend(frameon=False, fontsize=8)
     return _svg(figure)
+
+
+def by_arm(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Shares by arm, a dot a seed and a line at their mean, a panel a measure."""
+    arms = list(next(iter(panels.values())))
+    figure, _ = _figure(2.2 + 2.6 * len(panels), 0.9 + 0.3 * len(arms))
+    figure.clear()
+    axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (measure, values) in zip(axes_of, panels.items(), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        for place, arm in enumerate(arms):
+            axes.plot(values[arm], [place] * len(values[arm]), "o", color=colour(2), alpha=0.6)
+            axes.plot([fmean(values[arm])] * 2, [place - 0.3, place + 0.3], color=colour(5))
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel(measure)
+    axes_of[0].set_yticks(range(len(arms)), arms)
+    axes_of[0].invert_yaxis()
+    return _svg(figure)
