@@ -47,3 +47,24 @@ def test_recipe(recipe: str, workplace: Path) -> None:
         evaluation = json.loads((workplace / "runs/smoke/freeze_sft/evaluation.json").read_text())
         assert evaluation["before"]["refusal"]["value"] >= 0.8
         assert evaluation["after"]["refusal"]["total"] == 16
+
+
+def test_precise_shield(workplace: Path) -> None:
+    script = ROOT / "recipes/precise_shield.py"
+    config = ("--config", str(ROOT / "configs/precise_shield/smoke.yaml"))
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), *config)
+    assert "shared by all 2 languages" in shown
+    assert "EXACT: everything but" in shown
+    assert "zz/text: harmful refused" in shown
+    out = workplace / "runs/smoke/precise_shield"
+    found = json.loads((out / "transfer.json").read_text())
+    assert found["en/text"]["before"]["refusal"]["total"] == 16
+    figures = json.loads((out / "grid/overlap.json").read_text())
+    assert list(figures["cells"].values()) == [round(0.1 * 512) * 5] * 2
+    certificate = json.loads((out / "safeft_certificate.json").read_text())
+    assert certificate["neurons"]["count"] == figures["shared"]["shared"]
+    run(workplace, str(script), *config, "--control", "true", "--output_dir", "runs/control")
+    other = json.loads((workplace / "runs/control/safeft_certificate.json").read_text())
+    assert other["neurons"]["count"] == certificate["neurons"]["count"]
+    assert other["neurons"]["sha256"] != certificate["neurons"]["sha256"]

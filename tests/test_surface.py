@@ -76,6 +76,11 @@ FLAGS = {
         "EvaluateConfig",
         {"model_name_or_path", "harmful", "benign", "domain", "base", "judge"},
     ),
+    "shield": (
+        "safeft.commands.shield",
+        "ShieldConfig",
+        {"model_name_or_path", "harmful", "benign", "languages", "tune_on", "safety_data"},
+    ),
     "sft": ("safeft.commands.training", "SafetyArguments", {"protected", "protect_mode", "hold"}),
 }
 
