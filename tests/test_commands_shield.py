@@ -203,6 +203,16 @@ def test_safety_data_among_the_held_out_is_refused(
     assert not (tmp_path / "never").exists()
 
 
+def test_several_processes_are_refused(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("safeft.commands._end", lambda code: code)  # would end this process
+    assert shield(place, tmp_path / "never") == 2
+    assert "2 processes were launched" in capsys.readouterr().err
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.data
 def test_multijail(data_dir: Path, place: Path, tmp_path: Path, capsys: Any) -> None:
     """Ten languages of real prompts, on a model that knows none of them: only that it runs."""

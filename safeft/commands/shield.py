@@ -13,6 +13,7 @@ from typing import Any, Literal
 from safeft.commands.loading import load_model, read_template
 from safeft.commands.parsing import parse
 from safeft.errors import ConfigError
+from safeft.progress import launched
 
 
 @dataclass
@@ -79,6 +80,12 @@ def main(arguments: Sequence[str]) -> int:
     """Read and check everything, then load, locate, save, and where asked tune and measure."""
     (config,) = parse([ShieldConfig], arguments, "shield", ShieldConfig.__doc__ or "")
     assert isinstance(config, ShieldConfig)
+    if launched() > 1:
+        raise ConfigError(
+            f"{launched()} processes were launched, and `safeft shield` runs in one: all would "
+            "write the same files. Run it alone; the shared set can then be tuned in several by "
+            "`safeft sft --protected FOLDER/shared --protect_mode train_only`."
+        )
     from safeft.grid import locate_grid
     from safeft.judge import as_judge
     from safeft.locators import Selection

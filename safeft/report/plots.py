@@ -137,8 +137,14 @@ def before_and_after(
         axes.set_xlabel(measure)
     marked = [f"{name} (tuned)" if name == tuned_on else name for name in names]
     panels[0].set_yticks(range(len(names)), marked)
-    panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
     return _svg(figure)
 
 
