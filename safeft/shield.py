@@ -157,6 +157,7 @@ def tune(
         for example in _answered(examples)
     ]
     freezing = [] if neurons is None else [SafetyFreezeCallback(neurons, "train_only")]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model,
@@ -183,6 +184,8 @@ def tune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+    for parameter in trainable:
+        parameter.requires_grad_(True)  # the callback switched off what it held whole
     model.eval()
     return freezing[0].certificate if freezing else None
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 import safeft
 from safeft.commands import main
 from safeft.grid import Grid, locate_grid
 from safeft.shield import trained_share
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 WORDS = {"en": ("steal", "bake"), "it": ("rubo", "cuocio"), "zz": ("cdiet", "kesi")}
 
@@ -201,6 +202,22 @@ def test_safety_data_among_the_held_out_is_refused(
     assert shield(place, tmp_path / "never", *TUNE, *data) == 2
     assert "held-out prompts of 'it/text'" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_a_template_from_a_file_serves_locating_tuning_and_the_result(
+    place: Path, tmp_path: Path
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "bare")
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "bare")
+    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
+    changed = {
+        "model_name_or_path": str(tmp_path / "bare"),
+        "chat_template_path": str(tmp_path / "chat.jinja"),
+        "safety_data": str(place / "pairs.jsonl"),
+    }
+    assert shield(place, tmp_path / "out", *TUNE, **changed) == 0
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out/tuned")
+    assert saved.chat_template == CHAT_TEMPLATE
 
 
 def test_several_processes_are_refused(

@@ -46,6 +46,7 @@ def test_only_the_set_is_trained_and_the_certificate_says_so(capsys: Any) -> Non
             before[f"{site}.gate_proj.weight"][rows], after[f"{site}.gate_proj.weight"][rows]
         )
     assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert capsys.readouterr().out == ""
 
 

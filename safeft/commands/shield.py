@@ -103,11 +103,9 @@ def main(arguments: Sequence[str]) -> int:
         check_transfer(examples, held_out, _cell(config.tune_on))
     template = read_template(config.chat_template_path)
     model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
-    reading: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "max_length": config.max_length,
-        "chat_template": template,
-    }
+    if template is not None:
+        tokenizer.chat_template = template
+    reading: dict[str, Any] = {"batch_size": config.batch_size, "max_length": config.max_length}
     grid = locate_grid(
         model,
         tokenizer,
