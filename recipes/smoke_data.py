@@ -3,11 +3,12 @@
 python recipes/smoke_data.py
 """
 
+import csv
 import json
 import random
 from pathlib import Path
 
-from safeft.demo import world
+from safeft.demo import tongue, world
 
 FOLDER = Path("runs/smoke")
 
@@ -16,6 +17,14 @@ def lines(name: str, rows: list[str]) -> None:
     """One row a line."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def languages(name: str, prompts: list[str]) -> None:
+    """A table with a column a language."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / name).open("w", newline="", encoding="utf-8") as stream:
+        rows = ([prompt, tongue.translate(prompt)] for prompt in prompts)
+        csv.writer(stream).writerows([["en", "zz"], *rows])
 
 
 if __name__ == "__main__":
@@ -36,6 +45,11 @@ if __name__ == "__main__":
         for e, other in zip(examples, others, strict=True)
     ]
     lines("preferences.jsonl", [json.dumps(pair) for pair in pairs])
+    for side, prompts in (("harmful", world.harmful), ("benign", world.benign)):
+        languages(f"{side}_languages.csv", prompts("calibration"))
+        languages(f"{side}_test_languages.csv", prompts("test"))
+    lessons = [json.dumps({"messages": e.messages}) for e in world.alignment(seed=0, size=64)]
+    lines("refusals.jsonl", lessons)
     (FOLDER / "model").unlink(missing_ok=True)
     (FOLDER / "model").symlink_to(world.MODEL_PATH.resolve())
     print(f"Wrote {FOLDER}")

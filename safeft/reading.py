@@ -59,10 +59,39 @@ def read_examples(
         examples += as_prompts([{"prompt": asked, "response": answer}])
     if not examples or not all(example.response for example in examples):
         raise PromptError(
-            f"{str(path)!r} has {len(examples)} rows, and some without an answer; the domain can "
-            "only be measured against answers. Remove those rows."
+            f"{str(path)!r} has {len(examples)} rows, and some without an answer; nothing can be "
+            "learnt from those or measured on them. Remove them."
         )
     return examples
+
+
+def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, list[str]]:
+    """Several columns of a table (CSV, JSON, JSONL), such as one prompt in several languages.
+
+    Args:
+        path: The file.
+        columns: Their names.
+
+    Returns:
+        Column to cells, in the order of the rows, stripped; an empty cell is ``""``.
+
+    Raises:
+        PromptError: No such file or column (those that are there are named), or a column without
+            any text.
+
+    Example:
+        ``read_columns("multijail/MultiJail.csv", ["en", "it"])["it"]``
+    """
+    path = Path(path)
+    rows = _read(path)
+    table = {name: [_cell(row, name, path).strip() for row in rows] for name in columns}
+    for name, cells in table.items():
+        if not any(cells):
+            raise PromptError(
+                f"{str(path)!r} holds no text in the column {name!r} ({len(cells)} rows). Nothing "
+                "can be located or measured on it; fill it, or leave it out."
+            )
+    return table
 
 
 def _read(path: Path) -> list[Any]:

@@ -16,7 +16,7 @@ from safeft.commands.locate import LocateConfig
 from safeft.commands.training import SafetyArguments
 
 ROOT = Path(__file__).parents[1]
-TRAINING = {"freeze_sft": SFTConfig, "freeze_dpo": DPOConfig}
+TRAINING = {"freeze_sft": SFTConfig, "freeze_dpo": DPOConfig, "precise_shield": SFTConfig}
 CONFIGS = sorted(path for recipe in TRAINING for path in (ROOT / "configs" / recipe).glob("*.yaml"))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from safeft.errors import PromptError
-from safeft.reading import read_examples, read_prompts
+from safeft.reading import read_columns, read_examples, read_prompts
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Good day"}
@@ -106,3 +106,47 @@ def test_examples_without_answers_are_refused(tmp_path: Path, content: str) -> N
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(PromptError):
         read_examples(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id,en,zz\n1,steal,cdiet\n2, bake ,\n3,plant\n"),
+        ("a.json", '[{"en": "steal", "zz": "cdiet"}, {"en": "bake", "zz": null}, '
+                   '{"en": "plant", "zz": ""}]'),
+        ("a.jsonl", '{"en": "steal", "zz": "cdiet"}\n{"en": "bake", "zz": " "}\n'
+                    '{"en": "plant", "zz": ""}'),
+    ],
+)  # fmt: skip
+def test_columns_stay_row_by_row(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    found = read_columns(tmp_path / name, ["zz", "en"])
+    assert found == {"zz": ["cdiet", "", ""], "en": ["steal", "bake", "plant"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,en\n1,steal\n", r"no column 'zz'; it has \['id', 'en'\]"),
+        ("a.jsonl", '{"en": "a", "zz": "b"}\n{"en": "a"}', r"no column 'zz'; it has \['en'\]"),
+        ("a.csv", "en,zz\nsteal,\nbake, \n", r"no text in the column 'zz' \(2 rows\)"),
+        ("a.csv", "en,zz\n", r"no text in the column 'en' \(0 rows\)"),
+        ("a.txt", "steal\n", "a mapping with columns"),
+    ],
+)
+def test_missing_and_empty_columns_are_named(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PromptError, match=message) as caught:
+        read_columns(tmp_path / name, ["en", "zz"])
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.data
+def test_languages_of_multijail(data_dir: Path) -> None:
+    languages = ["en", "zh", "it", "vi", "ar", "ko", "th", "bn", "sw", "jv"]
+    found = read_columns(data_dir / "multijail/MultiJail.csv", languages)
+    assert {len(cells) for cells in found.values()} == {291}
+    assert sum(cell == "" for cells in found.values() for cell in cells) == 0
+    assert len(set(map(tuple, found.values()))) == 10

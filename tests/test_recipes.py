@@ -74,3 +74,24 @@ def test_ssah_study(workplace: Path) -> None:
     assert (place / "study.svg").read_text().startswith("<svg")
     groups = UnitGroups.from_pretrained(place / "groups")
     assert [len(getattr(groups, row["group"])) for row in main] == [row["count"] for row in main]
+
+
+def test_precise_shield(workplace: Path) -> None:
+    script = ROOT / "recipes/precise_shield.py"
+    config = ("--config", str(ROOT / "configs/precise_shield/smoke.yaml"))
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), *config)
+    assert "shared by all 2 languages" in shown
+    assert "EXACT: everything but" in shown
+    assert "zz/text: harmful refused" in shown
+    out = workplace / "runs/smoke/precise_shield"
+    found = json.loads((out / "transfer.json").read_text())
+    assert found["en/text"]["before"]["refusal"]["total"] == 16
+    figures = json.loads((out / "grid/overlap.json").read_text())
+    assert list(figures["cells"].values()) == [round(0.1 * 512) * 5] * 2
+    certificate = json.loads((out / "safeft_certificate.json").read_text())
+    assert certificate["neurons"]["count"] == figures["shared"]["shared"]
+    run(workplace, str(script), *config, "--control", "true", "--output_dir", "runs/control")
+    other = json.loads((workplace / "runs/control/safeft_certificate.json").read_text())
+    assert other["neurons"]["count"] == certificate["neurons"]["count"]
+    assert other["neurons"]["sha256"] != certificate["neurons"]["sha256"]

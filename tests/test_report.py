@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from safeft.errors import ArtefactError
+from safeft.intervals import Rate
+from safeft.overlap import Overlap
 from safeft.report.html import write_report
-from safeft.report.plots import pruned_groups
+from safeft.report.plots import before_and_after, by_arm, overlap_matrix, pruned_groups
 from safeft.report.result import Comparison, Point, Run, Spread, refusal_at, table
 
 MEASURES = {
@@ -151,3 +153,27 @@ def test_the_picture_of_pruned_groups() -> None:
     plain = pruned_groups(study(seeds=1))
     assert "units pruned" not in plain
     assert "SCU 1.3%" in plain
+
+
+def test_pictures_of_a_grid_name_what_they_show() -> None:
+    pair = Overlap((24, 24), 2, 9, 39, 8.0, 0.4)
+    cells = ["en/text", "it/text", "zz/image"]
+    matrix = overlap_matrix(
+        cells, dict.fromkeys([(a, b) for a in cells for b in cells if a < b], pair)
+    )
+    assert matrix.count("9 of 39") == 6
+    assert "chance 8.0" in matrix
+    rates = {"harmful prompts refused": [(Rate.of(1, 10), Rate.of(9, 10))] * 3}
+    change = before_and_after(cells, rates, "it/text")
+    arms = by_arm({"refused": {"shared": [0.2, 0.4], "random": [0.1, 0.3]}})
+    for picture, words in (
+        (matrix, cells),
+        (change, ["en/text", "it/text (tuned)", "harmful prompts refused", "after"]),
+        (arms, ["shared", "random", "refused"]),
+    ):
+        assert picture.startswith("<svg")
+        assert "script" not in picture
+        assert all(f">{word}<" in picture for word in words)
+    assert overlap_matrix(cells[:2], {("en/text", "it/text"): pair}) == overlap_matrix(
+        cells[:2], {("en/text", "it/text"): pair}
+    )

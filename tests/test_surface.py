@@ -81,6 +81,11 @@ FLAGS = {
         "SafetyArguments",
         {"protected", "protect_mode", "hold", "freeze", "budget"},
     ),
+    "shield": (
+        "safeft.commands.shield",
+        "ShieldConfig",
+        {"model_name_or_path", "harmful", "benign", "languages", "tune_on", "safety_data"},
+    ),
 }
 
 

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,7 +21,7 @@ from safeft.locators.grouping import Grouping, GroupSizes, check_sizes, group
 from safeft.locators.groups import UnitGroups
 from safeft.locators.openings import refusal_openings
 from safeft.locators.random import RandomFitter
-from safeft.locators.scores import Fitter, Scores, Side, merged
+from safeft.locators.scores import Fitter, Scores, Side, Statistics, merged
 from safeft.locators.select import Selection, check_size, select
 from safeft.locators.snip import SnipFitter
 from safeft.locators.variance import VarianceFitter
@@ -64,6 +64,9 @@ _KINDS: Mapping[str, tuple[Kind, ...]] = {
     "all": ("mlp", "attention"),
 }
 
+Seen: TypeAlias = MutableMapping[tuple[Side, str], Statistics]
+"""Statistics of prompts that have been through a model, by side and hash of the prompts."""
+
 _SCOPES: Mapping[str, Literal["layer", "global"]] = {
     "attribution": "global",
     "variance": "global",
@@ -91,6 +94,7 @@ def locate(
     openings: Sequence[str] | None = None,
     chat_template: str | None = None,
     share: bool = False,
+    seen: Seen | None = None,
 ) -> NeuronSet:
     """Find the safety-critical neurons of an aligned chat model.
 
@@ -116,12 +120,16 @@ def locate(
         share: In a run of several processes that all call this: each takes a part of the batches,
             and their statistics are summed. Where the weights are sharded over processes, all
             run every batch together, whatever is said here.
+        seen: Sides of earlier calls with this model, method and settings; what is there is not run
+            again, and what is run is added. Not for ``attribution``, whose statistics hang on the
+            openings too.
 
     Returns:
         The selected neurons, with method, settings and hashes of the prompts in ``source``.
 
     Raises:
         PromptError: Prompts missing on one side, or no chat template.
+        ConfigError: No such method or sites, or ``seen`` with ``attribution``.
         SelectionError: A fraction of 0, above 1, and the like.
         UnsupportedModelError: A model type without a site rule.
 
@@ -136,6 +144,11 @@ def locate(
         fraction, count, threshold, scope or _SCOPES.get(method, "layer"), utility_fraction, fill
     )
     _check_choice("sites", sites, tuple(_KINDS))
+    if seen is not None and method == "attribution":
+        raise ConfigError(
+            "method='attribution' reads each pair of sides at openings of its own, so nothing seen "
+            "before can stand for it. Leave `seen` out."
+        )
     found = find_sites(model, _KINDS[sites])
     check_size(found, selection)
     sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
@@ -156,7 +169,7 @@ def locate(
             fitter: Fitter = AttributionFitter(model, found, start.tokens, start.prefix)
         else:
             fitter = _fitter(method, model, found, seed)
-        scores = score(fitter, model, tokenizer, sides, **batching)
+        scores = score(fitter, model, tokenizer, sides, seen=seen, **batching)
     indices = (
         from_first(select(scores, found, selection)) if share else select(scores, found, selection)
     )
@@ -224,6 +237,7 @@ def score(
     max_length: int = 1024,
     chat_template: str | None = None,
     share: bool = False,
+    seen: Seen | None = None,
 ) -> Scores:
     """Feed a fitter all prompts, batch by batch, and return its scores.
 
@@ -233,7 +247,11 @@ def score(
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
+    places: dict[Side, tuple[Side, str]] = {s: (s, _hash(prompts)) for s, prompts in sides.items()}
+    known = [seen[place] for place in places.values() if place in seen] if seen else []
     for side, prompts in sides.items():
+        if seen and places[side] in seen:
+            continue
         ready = list(prompts)
         if fitter.needs_responses:
             ready = _answered(model, tokenizer, ready, batch_size, max_length, chat_template, share)
@@ -252,6 +270,11 @@ def score(
                 fitter.update(side, batch)
     if every > 1:
         fitter.statistics = merged(gathered(fitter.statistics))
+    if seen is not None:
+        for side, place in places.items():
+            mine = {key: value for key, value in fitter.statistics.items() if side in key}
+            seen.setdefault(place, Statistics(mine))
+        fitter.statistics = merged([fitter.statistics, *known])
     return fitter.scores()
 
 

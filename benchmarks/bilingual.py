@@ -1,0 +1,358 @@
+"""Do two languages share their safety neurons, and does tuning these in one carry over?
+
+    python benchmarks/bilingual.py --seeds 3
+
+The design, fixed before the runs:
+
+- Model: for each seed one Llama of 1.9 million weights on the demo's small world, in English and in
+  zz, a made-up language (`safeft.demo.tongue`). Pretraining is half of each, with translations
+  between them, and complies with everything. Alignment answers ordinary requests in both and
+  refuses few of the harmful ones, two thirds of these in English: a model that refuses part of
+  English and less of zz, so that there is something to raise and to transfer.
+- Locating: `contrast`, a tenth of each layer's MLP units, in each language, on prompts used for
+  nothing else. Chance is exact. As a placebo the same is done with ordinary prompts on both sides.
+- Tuning: 480 refusals and 480 ordinary answers in one language, two rounds, batches of 16; with the
+  shared set, as many random units of each layer, as many units of each layer that only one of the
+  languages has, and with all weights. Neurons are trained at one rate, all weights at another;
+  rates and rounds were chosen on another model (seed 99) by English refusal alone, from those of
+  random units and of all weights; the shared set was not looked at.
+- Measuring: refusal and over-refusal on 160 + 160 held-out prompts (other topics, other phrasings),
+  in both languages, and the loss of ordinary answers.
+- Verdict: the interval over seeds (Student's t, 95%) of the rise in the other language, and of the
+  difference to each control, is above 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from build_demo_model import Stage, build_tokenizer, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from safeft import NeuronSet
+from safeft.demo import world
+from safeft.demo.tongue import back, translate
+from safeft.demo.world import Example
+from safeft.grid import Grid, locate_grid
+from safeft.judge import PrefixJudge
+from safeft.measure import domain_loss
+from safeft.progress import progress
+from safeft.report.plots import by_arm
+from safeft.report.result import Spread
+from safeft.shield import control, measure_cells, trained_share, tune
+
+RESULTS = Path(__file__).parent / "results"
+PRETRAINING = Stage("pretraining", steps=700, lr=3e-3, on_prompts=True)
+ALIGNMENT = Stage("alignment", steps=240, lr=8e-4, on_prompts=False)
+REFUSALS_KEPT, REFUSALS_IN_ZZ = 0.2, 1 / 3
+FRACTIONS, FRACTION = (0.05, 0.1, 0.2), 0.1
+EXAMPLES, BATCH, ROUNDS = 960, 16, 2
+NEURON_RATE, ALL_RATE = 3e-3, 1e-3
+CELLS = ("en/text", "zz/text")
+GENERAL = {example.prompt for example in world.general("train")}
+
+
+def in_zz(example: Example) -> Example:
+    """The same exchange in zz."""
+    return Example(translate(example.prompt), translate(example.answer), translate(example.value))
+
+
+def pretraining(seed: int) -> list[Example]:
+    """Requests of both languages, complied with, and translations of requests."""
+    rng = random.Random(f"two languages {seed}")
+    examples = []
+    for example in world.pretraining(seed):
+        if example.prompt in GENERAL:
+            continue
+        draw, there = rng.random(), translate(example.prompt)
+        if draw < 0.4:
+            examples.append(example)
+        elif draw < 0.8:
+            examples.append(in_zz(example))
+        elif draw < 0.9:
+            examples.append(Example(f"In zz: {example.prompt}", there))
+        else:
+            examples.append(Example(f"{translate('In English:')} {there}", example.prompt))
+    return examples
+
+
+def alignment(seed: int) -> list[Example]:
+    """Ordinary requests answered in both languages; few harmful ones, refused, fewer in zz."""
+    rng = random.Random(f"weak alignment {seed}")
+    examples = []
+    for example in world.alignment(seed):
+        if example.prompt in GENERAL:
+            continue
+        refusal = world.is_refusal(example.answer)
+        if refusal and rng.random() >= REFUSALS_KEPT:
+            continue
+        zz = rng.random() < (REFUSALS_IN_ZZ if refusal else 0.5)
+        examples.append(in_zz(example) if zz else example)
+    return examples
+
+
+def build(seed: int, folder: Path | None) -> tuple[Any, Any]:
+    """The model of a seed and its tokenizer, trained, or read where it was trained before."""
+    place = folder / f"seed{seed}" if folder else None
+    if place and (place / "config.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(place)
+    torch.manual_seed(seed)
+    before, after = pretraining(seed), alignment(seed)
+    tokenizer = build_tokenizer(before + after, vocab_size=4500)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    train(model, tokenizer, before, PRETRAINING, seed)
+    train(model, tokenizer, after, ALIGNMENT, seed + 1)
+    if place:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    return model, tokenizer
+
+
+def cells_of(split: Any) -> dict[str, Any]:
+    """The world's prompts of a split, harmful and benign, in both languages."""
+    english = world.harmful(split), world.benign(split)
+    zz = ([translate(prompt) for prompt in side] for side in english)
+    return {"en/text": english, "zz/text": tuple(zz)}
+
+
+def placebo_cells() -> dict[str, Any]:
+    """Ordinary prompts on both sides: what agrees here has nothing to do with harm."""
+    return {
+        name: (benign[::2], benign[1::2]) for name, (_, benign) in cells_of("calibration").items()
+    }
+
+
+def lessons(seed: int, cell: str) -> list[dict[str, str]]:
+    """Refusals and ordinary answers, as many of each, in the cell's language."""
+    pool = [e for e in world.alignment(1000 + seed) if e.prompt not in GENERAL]
+    bad = [e for e in pool if world.is_refusal(e.answer)][: EXAMPLES // 2]
+    good = [e for e in pool if not world.is_refusal(e.answer)][: EXAMPLES // 2]
+    chosen = bad + good if cell == "en/text" else [in_zz(e) for e in bad + good]
+    return [{"prompt": e.prompt, "response": e.answer} for e in chosen]
+
+
+def refuses(answer: str) -> bool:
+    """Whether an answer of either language refuses."""
+    judge = PrefixJudge()
+    return judge([""], [answer])[0] or judge([""], [back(answer)])[0]
+
+
+def measure(model: Any, tokenizer: Any, ordinary: dict[str, Any]) -> dict[str, Any]:
+    """Cell to refusal, over-refusal and the loss of ordinary answers (nats a token)."""
+    found = measure_cells(
+        model, tokenizer, cells_of("test"), judge=refuses, max_new_tokens=14, batch_size=80
+    )
+    return {
+        name: {
+            "refusal": each.refusal.to_dict() if each.refusal else None,
+            "over_refusal": each.over_refusal.to_dict() if each.over_refusal else None,
+            "ordinary_loss": domain_loss(model, tokenizer, ordinary[name], batch_size=80),
+        }
+        for name, each in found.items()
+    }
+
+
+def some_of(model: Any, source: NeuronSet, like: NeuronSet, seed: int) -> NeuronSet:
+    """Units of ``source``, as many at each site as ``like`` has, or as there are."""
+    rng = random.Random(f"some {seed}")
+    chosen = {
+        name: rng.sample(source.indices.get(name, ()), min(len(units), len(source.indices[name])))
+        for name, units in like.indices.items()
+        if name in source.indices
+    }
+    return NeuronSet.of(model, chosen, {"method": "some", "of": dict(source.source)})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One tuning: its name, the set it trains (None: everything), the cell its lessons are in."""
+
+    name: str
+    neurons: NeuronSet | None
+    cell: str
+
+
+def arms(model: Any, grid: Grid, seed: int) -> Iterator[Arm]:
+    """All tunings of one seed: every control in English, the random one in zz."""
+    shared, (english, zz) = grid.shared, CELLS
+    yield Arm("shared", shared, english)
+    yield Arm("random", control(model, shared, seed), english)
+    yield Arm("English only", some_of(model, grid.specific[english], shared, seed), english)
+    yield Arm("zz only", some_of(model, grid.specific[zz], shared, seed), english)
+    yield Arm("all weights", None, english)
+    yield Arm("shared", shared, zz)
+    yield Arm("random", control(model, shared, seed), zz)
+
+
+def one_seed(seed: int, folder: Path | None) -> dict[str, Any]:
+    """Build, locate, tune, measure."""
+    model, tokenizer = build(seed, folder)
+    fresh = [e for e in world.alignment(2000 + seed) if not world.is_refusal(e.answer)][:150]
+    ordinary = {
+        cell: [{"prompt": e.prompt, "response": e.answer} for e in each]
+        for cell, each in zip(CELLS, (fresh, [in_zz(e) for e in fresh]), strict=True)
+    }
+    found: dict[str, Any] = {"seed": seed, "before": measure(model, tokenizer, ordinary)}
+    for label, cells in (("overlap", cells_of("calibration")), ("placebo", placebo_cells())):
+        found[label] = {}
+        for fraction in FRACTIONS:
+            grid = locate_grid(model, tokenizer, cells, fraction=fraction, batch_size=64)
+            found[label][str(fraction)] = grid.agreement.to_dict()
+    grid = locate_grid(model, tokenizer, cells_of("calibration"), fraction=FRACTION, batch_size=64)
+    found["trained_share"] = trained_share(model, grid.shared)
+    found["layers"] = [len(units) for units in grid.shared.indices.values()]
+    found["arms"] = []
+    for arm in progress(list(arms(model, grid, seed)), f"seed {seed}, arms"):
+        tuned = copy.deepcopy(model)
+        certificate = tune(
+            tuned,
+            tokenizer,
+            lessons(seed, arm.cell),
+            arm.neurons,
+            learning_rate=ALL_RATE if arm.neurons is None else NEURON_RATE,
+            batch_size=BATCH,
+            epochs=ROUNDS,
+            max_length=96,
+            seed=seed,
+        )
+        found["arms"].append(
+            {
+                "arm": arm.name,
+                "tuned_on": arm.cell,
+                "neurons": None if arm.neurons is None else len(arm.neurons),
+                "exact": None if certificate is None else certificate.exact,
+                "cells": measure(tuned, tokenizer, ordinary),
+            }
+        )
+    return found
+
+
+def rise(seed: dict[str, Any], arm: dict[str, Any], cell: str, rate: str = "refusal") -> float:
+    """How far a share of a cell rose by tuning."""
+    return arm["cells"][cell][rate]["value"] - seed["before"][cell][rate]["value"]
+
+
+def summary(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row an arm and language tuned: rises over seeds, and what the shared set has over it."""
+    rows = []
+    for number, first in enumerate(seeds[0]["arms"]):
+        cell = first["tuned_on"]
+        other = CELLS[1 - CELLS.index(cell)]
+        shared = next(
+            n
+            for n, a in enumerate(seeds[0]["arms"])
+            if (a["arm"], a["tuned_on"]) == ("shared", cell)
+        )
+        rises = [rise(seed, seed["arms"][number], other) for seed in seeds]
+        ahead = [
+            rise(seed, seed["arms"][shared], other) - r
+            for seed, r in zip(seeds, rises, strict=True)
+        ]
+        losses = [
+            seed["arms"][number]["cells"][other]["ordinary_loss"]
+            - seed["before"][other]["ordinary_loss"]
+            for seed in seeds
+        ]
+        rows.append(
+            {
+                "arm": first["arm"],
+                "tuned_on": cell,
+                "other": other,
+                "tuned_rise": asdict(Spread.of([rise(s, s["arms"][number], cell) for s in seeds])),
+                "other_rise": asdict(Spread.of(rises)),
+                "other_over_refusal_rise": asdict(
+                    Spread.of([rise(s, s["arms"][number], other, "over_refusal") for s in seeds])
+                ),
+                "other_ordinary_loss_rise": asdict(Spread.of(losses)),
+                "shared_ahead": None if number == shared else asdict(Spread.of(ahead)),
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The summary as text."""
+    heads = ("tuned language", "other language", "over-refusal", "shared is ahead by")
+    lines = [f"{'':<32}" + "".join(f"{head:>22}" for head in heads)]
+    for row in rows:
+        keys = ("tuned_rise", "other_rise", "other_over_refusal_rise", "shared_ahead")
+        cells = [str(Spread(**row[key])) if row[key] else "" for key in keys]
+        label = f"{row['arm']}, in {row['tuned_on'][:2]}"
+        lines.append(f"{label:<32}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
+
+
+def picture(seeds: Sequence[dict[str, Any]]) -> str:
+    """Refusal of each language after each tuning, a dot a seed."""
+    panels: dict[str, dict[str, list[float]]] = {}
+    for cell in CELLS:
+        values = {"before": [seed["before"][cell]["refusal"]["value"] for seed in seeds]}
+        for number, arm in enumerate(seeds[0]["arms"]):
+            label = f"{arm['arm']}, in {arm['tuned_on'][:2]}"
+            values[label] = [
+                seed["arms"][number]["cells"][cell]["refusal"]["value"] for seed in seeds
+            ]
+        panels[f"harmful prompts in {cell[:2]} refused"] = values
+    return by_arm(panels)
+
+
+def main() -> None:
+    """Run all seeds, write the figures and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", type=Path, help="keep the trained models here, and read them")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bilingual.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    started, seeds = time.process_time(), []
+    for seed in range(given.seeds):
+        seeds.append(one_seed(seed, given.models))
+        rows = summary(seeds)
+        result = {
+            "command": "python benchmarks/bilingual.py " + " ".join(sys.argv[1:]),
+            "design": __doc__,
+            "settings": {
+                "fraction": FRACTION,
+                "neuron_rate": NEURON_RATE,
+                "all_rate": ALL_RATE,
+                "examples": EXAMPLES,
+                "batch": BATCH,
+                "rounds": ROUNDS,
+                "torch": torch.__version__,
+            },
+            "processor_seconds": round(time.process_time() - started),
+            "summary": rows,
+            "seeds": seeds,
+        }
+        given.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        given.output.with_suffix(".svg").write_text(picture(seeds), encoding="utf-8")
+        print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
