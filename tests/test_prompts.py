@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import safeft.prompts
 from safeft.errors import PromptError
 from safeft.prompts import (
-    Prompt,
     as_prompts,
     batches,
     post_instruction_length,
@@ -33,66 +32,6 @@ ROWS = [
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return tiny_model()
-
-
-@pytest.mark.parametrize(
-    ("item", "messages", "response"),
-    [
-        ("Hi", (USER,), None),
-        ([USER], (USER,), None),
-        ((SYSTEM, USER), (SYSTEM, USER), None),
-        ([USER, ANSWER], (USER,), "Good day"),
-        ([USER, ANSWER, USER], (USER, ANSWER, USER), None),
-        ({"prompt": "Hi"}, (USER,), None),
-        ({"prompt": "Hi", "response": "No"}, (USER,), "No"),
-        ({"prompt": "Hi", "completion": "No"}, (USER,), "No"),
-        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, (SYSTEM, USER), "Good day"),
-        ({"prompt": [USER], "completion": []}, (USER,), None),
-        ({"messages": [USER, ANSWER]}, (USER,), "Good day"),
-        ({"messages": [USER, ANSWER], "response": "No"}, (USER,), "No"),
-        ({"prompt": None, "messages": [USER]}, (USER,), None),
-        ({"prompt": "Hi", "response": None, "completion": "No"}, (USER,), "No"),
-        ({"prompt": "Hi", "response": 4}, (USER,), "4"),
-        (Prompt((USER,), "No"), (USER,), "No"),
-    ],
-)
-def test_forms_of_prompts(item: Any, messages: tuple, response: str | None) -> None:
-    (found,) = as_prompts([item])
-    assert found == Prompt(messages, response)
-    assert found.text == "Hi"
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ("", "Prompt 1 is empty"),
-        (" \n", "Prompt 1 is empty"),
-        ([{"role": "user", "content": " "}], "Prompt 1 is empty"),
-        ({"prompt": ""}, "Prompt 1 is empty"),
-        ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "Prompt 1 is empty"),
-        ({"question": "Hi"}, r"Prompt 1 has the keys \['question'\]"),
-        ({"prompt": None}, r"Prompt 1 has the keys"),
-        ([], "Prompt 1 is"),
-        (3, "Prompt 1 is 3"),
-        (["Hi"], "Prompt 1 is"),
-        ([{"role": "user"}], "Prompt 1 is"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "Prompt 1 is"),
-        ([ANSWER], "Prompt 1 has only an assistant message"),
-    ],
-)
-def test_what_is_no_prompt_is_named_by_its_number(item: Any, message: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        as_prompts(["fine", item])
-
-
-@pytest.mark.parametrize("items", ["Hello", {"prompt": "Hello"}])
-def test_one_prompt_instead_of_a_list_is_refused(items: Any) -> None:
-    with pytest.raises(PromptError, match="given as one (str|dict); give a list"):
-        as_prompts(items)
-
-
-def test_any_iterable_will_do() -> None:
-    assert [p.text for p in as_prompts(text for text in TEXTS)] == TEXTS
 
 
 def test_the_template_writes_the_prompt_up_to_the_answer() -> None:
