@@ -169,7 +169,7 @@ def collate(
         if len(tokens) + len(row.answer) > max_length:
             raise PromptError(
                 f"{row.prompt.text[:60]!r} has {len(tokens) + len(row.answer)} tokens with its "
-                f"{len(row.prompt.images)} images, above max_length={max_length}; cut short, the "
+                f"{len(row.prompt.images)} image(s), above max_length={max_length}; cut short, the "
                 "model would be shown part of an image. Raise max_length, or use smaller images."
             )
     pairs = [(tokens, row.answer) for tokens, row in zip(ids, rows, strict=True)]
@@ -216,7 +216,7 @@ def render(tokenizer: Reader, prompt: Prompt, chat_template: str | None = None) 
     sees = plain is not tokenizer
     if prompt.images and not sees:
         raise PromptError(
-            f"{prompt.text[:60]!r} comes with {len(prompt.images)} images, and "
+            f"{prompt.text[:60]!r} comes with {len(prompt.images)} image(s), and "
             f"{type(tokenizer).__name__} reads text only: the model would never be shown them. "
             "Give a vision-language model and its processor (AutoProcessor), or prompts of text."
         )
@@ -259,12 +259,12 @@ def _check_places(processor: Any, prompt: Prompt, text: str) -> None:
     if place is None and images:
         raise PromptError(
             f"{type(processor).__name__} has no image token, so {prompt.text[:60]!r} would lose "
-            f"its {images} images. Give the processor of a vision-language model."
+            f"its {images} image(s). Give the processor of a vision-language model."
         )
     found = 0 if place is None else text.count(place)
     if found != images:
         raise PromptError(
-            f"The chat template writes {found} times {place!r} for the {images} images of "
+            f"The chat template writes {found} times {place!r} for the {images} image(s) of "
             f"{prompt.text[:60]!r}, so text and images would not match. Use the model's own chat "
             f"template, and keep {place!r} out of what is asked."
         )

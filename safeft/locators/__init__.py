@@ -188,10 +188,10 @@ def score(
     Where the fitter reads answers and a prompt brings none, the model's own greedy answer is used.
     With ``share`` every process takes each so-manieth batch; all get the same scores.
     """
+    check_images(model, [prompt for prompts in sides.values() for prompt in prompts])
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
-    check_images(model, [prompt for prompts in sides.values() for prompt in prompts])
     for side, prompts in sides.items():
         ready = list(prompts)
         if fitter.needs_responses:
