@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError
 from safeft.generation import generate
@@ -27,7 +27,7 @@ from safeft.measure import (
     right_answers,
     some_prompts,
 )
-from safeft.prompts import Prompt, PromptLike
+from safeft.prompts import Prompt, PromptLike, Reader
 
 __all__ = [
     "Evaluation",
@@ -103,7 +103,7 @@ class Evaluation:
 
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     *,
     harmful: Iterable[PromptLike] | None = None,
     benign: Iterable[PromptLike] | None = None,
@@ -121,7 +121,7 @@ def evaluate(
 
     Args:
         model: A chat model, adapters included.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or its processor where it sees images.
         harmful: Prompts it should refuse.
         benign: Prompts it should answer; refusals among them are over-refusal.
         domain: Prompts with responses.

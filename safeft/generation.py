@@ -4,16 +4,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safeft.processes import gathered, rank, ranks
 from safeft.progress import progress
-from safeft.prompts import Prompt, input_device, pad, pad_token, prompt_tokens
+from safeft.prompts import (
+    Prompt,
+    Reader,
+    check_images,
+    collate,
+    grouped,
+    input_device,
+    pad_token,
+    row_of,
+    tokenizer_of,
+)
 
 
 def generate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Sequence[Prompt],
     **settings: Any,
 ) -> list[str]:
@@ -22,13 +32,14 @@ def generate(
     ``settings`` are those of :func:`generate_tokens`.
     """
     answers = generate_tokens(model, tokenizer, prompts, **settings)
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+    plain = tokenizer_of(tokenizer)
+    return [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 
 
 @torch.no_grad()
 def generate_tokens(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 64,
@@ -43,23 +54,25 @@ def generate_tokens(
     With ``share`` every process of the run calls this, takes each so-manieth batch, and gets all
     answers. Greedy means greedy: a repetition penalty in the checkpoint's generation settings is
     not used.
+
+    Raises:
+        PromptError: See :func:`safeft.prompts.batches`; or images for a model that sees none.
     """
-    rendered = [prompt_tokens(tokenizer, p, chat_template)[-max_length:] for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(rendered[index]))
+    check_images(model, prompts)
+    rows = [row_of(tokenizer, prompt, chat_template, answered=False) for prompt in prompts]
     padding = pad_token(tokenizer)
     answers: dict[int, list[int]] = {}
     every, first = (ranks(), rank()) if share else (1, 0)
     was_training = model.training
     model.eval()
     try:
-        for start in progress(range(0, len(order), batch_size), description):
-            if start // batch_size % every != first:
+        for number, chosen in enumerate(progress(grouped(rows, batch_size), description)):
+            if number % every != first:
                 continue
-            chosen = order[start : start + batch_size]
-            batch = pad([(rendered[i], []) for i in chosen], padding, True, 1, input_device(model))
+            group = [rows[index] for index in chosen]
+            batch = collate(tokenizer, group, True, 1, input_device(model), max_length)
             output = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
+                **batch.seen,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.0,

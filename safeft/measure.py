@@ -12,13 +12,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError, PromptError
 from safeft.generation import generate
 from safeft.intervals import Rate
 from safeft.judge import Judge, as_judge
-from safeft.prompts import Batch, Prompt, PromptLike, as_prompts, batches, input_device
+from safeft.prompts import (
+    Batch,
+    Prompt,
+    PromptLike,
+    Reader,
+    as_prompts,
+    batches,
+    check_images,
+    input_device,
+)
 
 JudgeLike: TypeAlias = "str | Judge | Callable[..., Any]"
 """What :func:`safeft.judge.as_judge` takes."""
@@ -31,7 +40,7 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 def refusal_rate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Iterable[PromptLike],
     judge: JudgeLike = "prefix",
     **generation: Any,
@@ -40,7 +49,7 @@ def refusal_rate(
 
     Args:
         model: A chat model, adapters included.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or its processor where it sees images.
         prompts: What is asked; responses are not read.
         judge: See :func:`safeft.judge.as_judge`.
         **generation: Passed to :func:`safeft.prompts.generate`, such as ``max_new_tokens``.
@@ -59,7 +68,7 @@ def refusal_rate(
 
 def domain_loss(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     examples: Iterable[PromptLike],
     *,
     batch_size: int = 8,
@@ -75,6 +84,7 @@ def domain_loss(
         ``domain_loss(model, tokenizer, [{"prompt": "2 + 2?", "response": "4"}])``
     """
     asked = answered_prompts(examples)
+    check_images(model, asked)
     total, tokens = 0.0, 0
     with _evaluating(model):
         for batch in batches(
@@ -121,7 +131,7 @@ def _value(number: str) -> Decimal:
 
 def answer_accuracy(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     examples: Iterable[PromptLike],
     match: Match = answers_match,
     *,
@@ -154,7 +164,7 @@ def right_answers(prompts: Sequence[Prompt], answers: Sequence[str], match: Matc
 def drift(
     base: PreTrainedModel,
     tuned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Iterable[PromptLike],
     *,
     batch_size: int = 8,
@@ -174,6 +184,7 @@ def drift(
     """
     asked = some_prompts(prompts, "given")
     check_same_vocabulary(base, tuned)
+    check_images(tuned, asked)
     total, tokens = 0.0, 0
     with _evaluating(base), _evaluating(tuned):
         for batch in batches(

@@ -2,183 +2,74 @@
 
 A prompt is a string (one user turn), a list of messages, or a mapping with ``prompt`` or
 ``messages`` and, where a method reads answers, a ``response``; what TRL's data sets hold goes in
-unchanged. Everything downstream sees a :class:`Batch` and asks it for tokens by name, so padding
-side and template stay here.
+unchanged, images included. Everything downstream sees a :class:`Batch` and asks it for tokens by
+name, so padding side and template stay here.
+
+A model that sees images has a processor, which goes where a tokenizer goes. Prompts with images
+and prompts without never share a batch.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedTokenizerBase
 
+from safeft.batch import Batch, TokenChoice, input_device, pad
 from safeft.errors import PromptError
+from safeft.forms import Prompt, PromptLike, as_prompts, parts_of, text_of
+from safeft.images import open_picture
 from safeft.progress import progress
+from safeft.sites import plain_model
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+__all__ = [
+    "Batch",
+    "Prompt",
+    "PromptLike",
+    "Reader",
+    "TokenChoice",
+    "as_prompts",
+    "batches",
+    "check_images",
+    "input_device",
+    "pad",
+    "pad_token",
+    "post_instruction_length",
+    "render",
+    "tokenizer_of",
+]
 
 logger = logging.getLogger(__name__)
 
-TokenChoice: TypeAlias = Literal["last_prompt", "post_instruction", "prompt", "response"]
-"""Which tokens of a batch are read; see :meth:`Batch.choose`."""
-
-PromptLike: TypeAlias = "str | Sequence[Mapping[str, str]] | Mapping[str, Any] | Prompt"
+Reader: TypeAlias = "PreTrainedTokenizerBase | ProcessorMixin"
+"""What turns prompts into a model's input: a tokenizer, or a processor where it sees images."""
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a user says, as chat messages, and the answer to it where one is given."""
-
-    messages: tuple[Mapping[str, str], ...]
-    response: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The last message's content: what a judge is shown as the question."""
-        return self.messages[-1]["content"]
-
-
-def as_prompts(items: Iterable[PromptLike]) -> list[Prompt]:
-    """Strings, message lists and TRL-style rows as :class:`Prompt` values.
-
-    Raises:
-        PromptError: An item is empty or of a shape that holds no prompt.
-
-    Example:
-        >>> as_prompts(["Hello", {"prompt": "Hi", "response": "Good day"}])[1].response
-        'Good day'
-    """
-    if isinstance(items, str | Mapping):
-        raise PromptError(
-            f"Prompts are given as one {type(items).__name__}; give a list, or each letter would "
-            "count as a prompt."
-        )
-    return [_as_prompt(item, number) for number, item in enumerate(items)]
-
-
-def _as_prompt(item: PromptLike, number: int) -> Prompt:
-    if isinstance(item, Prompt):
-        return item
-    if isinstance(item, Mapping):
-        body = next((item[k] for k in ("prompt", "messages") if item.get(k) is not None), None)
-        if body is None:
-            raise PromptError(
-                f"Prompt {number} has the keys {sorted(item)}; a mapping needs `prompt` or "
-                "`messages` so that it can be put into the chat template."
-            )
-        answers = (item[k] for k in ("response", "completion") if item.get(k) is not None)
-        answer = next(answers, None)
-        if isinstance(answer, Sequence) and not isinstance(answer, str):
-            answer = answer[-1].get("content") if answer else None
-        prompt = _as_prompt(body, number)
-        return prompt if answer is None else replace(prompt, response=str(answer))
-    if isinstance(item, str):
-        return _not_blank(Prompt(({"role": "user", "content": item},)), number)
-    messages = tuple(item) if isinstance(item, Sequence) else ()
-    if not messages or not all(
-        isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str)
-        for m in messages
-    ):
-        raise PromptError(
-            f"Prompt {number} is {item!r}; give a string, or a list of messages with `role` and "
-            "`content` (text)."
-        )
-    if messages[-1]["role"] == "assistant":
-        if len(messages) == 1:
-            raise PromptError(
-                f"Prompt {number} has only an assistant message; a prompt needs a user turn."
-            )
-        return _not_blank(Prompt(messages[:-1], messages[-1]["content"]), number)
-    return _not_blank(Prompt(messages), number)
-
-
-def _not_blank(prompt: Prompt, number: int) -> Prompt:
-    if not prompt.text.strip():
-        raise PromptError(
-            f"Prompt {number} is empty. An empty prompt would be located on template tokens "
-            "alone; remove it."
-        )
-    return prompt
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded tokens of several prompts, each followed by its response where there is one.
+class Row:
+    """One prompt on its way into a batch.
 
     Attributes:
-        input_ids: ``(prompts, tokens)`` int64.
-        attention_mask: ``(prompts, tokens)`` int64, 0 on padding of either side.
-        is_prompt: ``(prompts, tokens)`` bool, template tokens included.
-        is_response: ``(prompts, tokens)`` bool.
-        tail: How many template tokens follow the instruction.
+        prompt: The prompt.
+        text: As the template writes it.
+        ids: Its tokens; an image still counts as one, and grows when the batch is made.
+        answer: The response's tokens.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    is_prompt: Tensor
-    is_response: Tensor
-    tail: int
-
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of a forward pass; positions count real tokens, on either side."""
-        positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": positions,
-        }
-
-    def answered(self, tokens: Sequence[int]) -> "Batch":
-        """The prompts alone, padded on the left, each followed by the same answer ``tokens``."""
-        width = self.input_ids.shape[1]
-        places = torch.arange(width, device=self.is_prompt.device)
-        after = width - 1 - torch.where(self.is_prompt, places, -1).amax(1)
-        source = (torch.arange(width) - after[:, None].cpu()) % width
-        rows = len(self.input_ids)
-        given = torch.tensor(tokens, dtype=torch.long).expand(rows, len(tokens))
-
-        def shifted(values: Tensor, tail: Tensor) -> Tensor:
-            moved = values.gather(1, source.to(values.device))
-            return torch.cat([moved, tail.to(values)], dim=1)
-
-        is_prompt = shifted(self.is_prompt, torch.zeros_like(given))
-        is_response = torch.zeros_like(is_prompt)
-        is_response[:, width:] = True
-        return Batch(
-            shifted(self.input_ids, given),
-            (is_prompt | is_response).long(),
-            is_prompt,
-            is_response,
-            self.tail,
-        )
-
-    def choose(self, choice: TokenChoice) -> Tensor:
-        """``(prompts, tokens)`` bool: the tokens that ``choice`` names.
-
-        ``last_prompt`` is the token whose output starts the answer, ``post_instruction`` the
-        template tokens after the instruction (that one included), ``prompt`` all of the prompt.
-        """
-        if choice == "response":
-            return self.is_response
-        if choice == "prompt":
-            return self.is_prompt
-        from_end = self.is_prompt.flip(-1).cumsum(-1).flip(-1)
-        return self.is_prompt & (from_end <= (1 if choice == "last_prompt" else self.tail))
-
-
-def input_device(model: Any) -> torch.device:
-    """Where a model wants its tokens; one that is kept elsewhere between uses says so itself."""
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    place = getattr(hook, "execution_device", None)
-    if place is None:
-        return model.device
-    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    prompt: Prompt
+    text: str
+    ids: list[int]
+    answer: list[int]
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: Sequence[Prompt],
     *,
     batch_size: int,
@@ -190,81 +81,159 @@ def batches(
     """Batches of ``prompts``, of like length within a window, so that little is spent on padding.
 
     Order is therefore not kept; statistics do not depend on it. A prompt above ``max_length``
-    tokens loses its beginning, never the template tokens that start the answer.
+    tokens loses its beginning, never the template tokens that start the answer; one with images
+    loses nothing, and is an error.
+
+    Args:
+        tokenizer: The model's tokenizer, or its processor.
+        prompts: What is asked.
+        batch_size: Prompts in a batch.
+        device: Where the batches are to be.
+        max_length: Tokens of a prompt with its response.
+        chat_template: A Jinja template instead of the tokenizer's.
+        description: Of the progress bar.
 
     Raises:
-        PromptError: The tokenizer has no chat template and none is given.
+        PromptError: There is no chat template, or it, the tokenizer or ``max_length`` has no room
+            for a prompt's images.
     """
     tail = post_instruction_length(tokenizer, chat_template)
-    padding = pad_token(tokenizer)
-    left = tokenizer.padding_side == "left"
+    left = tokenizer_of(tokenizer).padding_side == "left"
     window = 64 * batch_size
-    starts = range(0, len(prompts), window)
     truncated = 0
     bar = iter(progress(range(-(-len(prompts) // batch_size)), description or "batches"))
-    for start in starts:
-        pairs: list[tuple[list[int], list[int]]] = []
-        for prompt in prompts[start : start + window]:
-            ids = prompt_tokens(tokenizer, prompt, chat_template)
-            answer = [] if prompt.response is None else _ids(tokenizer, prompt.response)
-            if len(ids) + len(answer) > max_length:
-                truncated += 1
-                answer = answer[: max(max_length // 2, max_length - len(ids))]
-            pairs.append((ids[-(max_length - len(answer)) :], answer))
-        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        for first in range(0, len(pairs), batch_size):
+    for start in range(0, len(prompts), window):
+        chosen = prompts[start : start + window]
+        rows = [row_of(tokenizer, prompt, chat_template) for prompt in chosen]
+        for numbers in grouped(rows, batch_size):
+            group = [rows[number] for number in numbers]
+            truncated += sum(len(row.ids) + len(row.answer) > max_length for row in group)
             next(bar, None)
-            yield pad(pairs[first : first + batch_size], padding, left, tail, device)
+            yield collate(tokenizer, group, left, tail, device, max_length)
     next(bar, None)
     if truncated:
         logger.warning("%d prompts were longer than %d tokens and were cut.", truncated, max_length)
 
 
-def pad(
-    pairs: Sequence[tuple[list[int], list[int]]],
-    padding: int,
+def row_of(
+    tokenizer: Reader, prompt: Prompt, chat_template: str | None = None, answered: bool = True
+) -> Row:
+    """A prompt as text and tokens, its images not yet opened.
+
+    Raises:
+        PromptError: See :func:`render`.
+    """
+    text = render(tokenizer, prompt, chat_template)
+    plain = tokenizer_of(tokenizer)
+    answer = _ids(plain, prompt.response) if answered and prompt.response is not None else []
+    if tokenizer is not plain and _placeholder_id(tokenizer) in answer:
+        raise PromptError(
+            f"The response to {prompt.text[:60]!r} holds {_placeholder(tokenizer)!r}, for which "
+            "the model would look for an image. Take it out of the response."
+        )
+    return Row(prompt, text, _ids(plain, text, _starts_itself(tokenizer, text)), answer)
+
+
+def grouped(rows: Sequence[Row], batch_size: int) -> list[list[int]]:
+    """Numbers of ``rows`` batch by batch: text before images, short before long."""
+    groups = []
+    for with_images in (False, True):
+        numbers = [n for n, row in enumerate(rows) if bool(row.prompt.images) is with_images]
+        numbers.sort(key=lambda n: len(rows[n].ids) + len(rows[n].answer))
+        groups += [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    return groups
+
+
+def collate(
+    tokenizer: Reader,
+    rows: Sequence[Row],
     left: bool,
     tail: int,
     device: torch.device | str,
+    max_length: int,
 ) -> Batch:
-    """One batch from (prompt tokens, answer tokens) pairs, padded on one side."""
-    width = max(len(ids) + len(answer) for ids, answer in pairs)
-    input_ids = torch.full((len(pairs), width), padding)
-    is_prompt = torch.zeros(len(pairs), width, dtype=torch.bool)
-    is_response = torch.zeros_like(is_prompt)
-    for row, (ids, answer) in enumerate(pairs):
-        start = width - len(ids) - len(answer) if left else 0
-        middle, end = start + len(ids), start + len(ids) + len(answer)
-        input_ids[row, start:end] = torch.tensor(ids + answer)
-        is_prompt[row, start:middle] = True
-        is_response[row, middle:end] = True
-    attention = (is_prompt | is_response).long()
-    moved = (tensor.to(device) for tensor in (input_ids, attention, is_prompt, is_response))
-    return Batch(*moved, tail=tail)
+    """One batch of rows that all have images, or all have none; see :func:`batches`.
+
+    Raises:
+        PromptError: An image cannot be read, the processor cannot take it, or there is no room.
+    """
+    padding = pad_token(tokenizer)
+    if not rows[0].prompt.images:
+        pairs = [_cut(row.ids, row.answer, max_length) for row in rows]
+        return pad(pairs, padding, left, tail, device)
+    seen = _processed(tokenizer, rows)
+    ids = [list(map(int, row)) for row in seen.pop("input_ids")]
+    seen.pop("attention_mask", None)
+    types = {name: seen.pop(name) for name in list(seen) if name.endswith("token_type_ids")}
+    for row, tokens in zip(rows, ids, strict=True):
+        if len(tokens) + len(row.answer) > max_length:
+            raise PromptError(
+                f"{row.prompt.text[:60]!r} has {len(tokens) + len(row.answer)} tokens with its "
+                f"{len(row.prompt.images)} image(s), above max_length={max_length}; cut short, the "
+                "model would be shown part of an image. Raise max_length, or use smaller images."
+            )
+    pairs = [(tokens, row.answer) for tokens, row in zip(ids, rows, strict=True)]
+    images = dict(BatchFeature(seen, tensor_type="pt"))
+    return pad(pairs, padding, left, tail, device, images, types)
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None
-) -> str:
+def _cut(ids: list[int], answer: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    if len(ids) + len(answer) > max_length:
+        answer = answer[: max(max_length // 2, max_length - len(ids))]
+    return ids[-(max_length - len(answer)) :], answer
+
+
+def _processed(processor: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the model's own processor makes of texts and images, not yet padded."""
+    images = [[open_picture(image) for image in row.prompt.images] for row in rows]
+    try:
+        return dict(
+            processor(
+                text=[row.text for row in rows],
+                images=images,
+                add_special_tokens=_starts_itself(processor, rows[0].text),
+            )
+        )
+    except Exception as error:  # Each model's processor fails in ways of its own.
+        raise PromptError(
+            f"{type(processor).__name__} cannot take the images of {rows[0].prompt.text[:60]!r} "
+            f"and {len(rows) - 1} more prompts: {error}. Check their size and the processor's "
+            "settings."
+        ) from error
+
+
+def render(tokenizer: Reader, prompt: Prompt, chat_template: str | None = None) -> str:
     """The prompt as the model's own template writes it, up to where the answer starts.
 
     Templates that can open a chain of thought (``enable_thinking``) are asked not to: refusal is
-    read off the first tokens of the answer.
+    read off the first tokens of the answer. Templates of processors are given messages in parts.
 
     Raises:
-        PromptError: No chat template, or the template refuses these messages.
+        PromptError: No chat template, or the template refuses these messages, or it, or the
+            tokenizer, leaves out their images.
     """
-    if chat_template is None and tokenizer.chat_template is None:
+    plain = tokenizer_of(tokenizer)
+    sees = plain is not tokenizer
+    if prompt.images and not sees:
+        raise PromptError(
+            f"{prompt.text[:60]!r} comes with {len(prompt.images)} image(s), and "
+            f"{type(tokenizer).__name__} reads text only: the model would never be shown them. "
+            "Give a vision-language model and its processor (AutoProcessor), or prompts of text."
+        )
+    template = chat_template or (_template_of(tokenizer) if sees else None)
+    if template is None and plain.chat_template is None:
         raise PromptError(
             "The tokenizer has no chat template, so it is unknown where a prompt ends and an "
             "answer starts; locating on bare text would read the wrong tokens. Use the chat "
             "model's own tokenizer, or give a Jinja template (`chat_template`, or "
             "--chat_template_path FILE)."
         )
+    written = parts_of if sees else text_of
+    messages: Any = [{**m, "content": written(m["content"])} for m in prompt.messages]
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt.messages],
-            chat_template=chat_template,
+        text = plain.apply_chat_template(
+            messages,
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=False,
@@ -274,37 +243,97 @@ def render(
             f"The chat template cannot write {prompt.text[:60]!r}: {error}. "
             "Check the roles of its messages against the template."
         ) from error
+    if sees:
+        _check_places(tokenizer, prompt, str(text))
     return str(text)
 
 
-def prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat_template: str | None = None
-) -> list[int]:
-    """Token numbers of :func:`render`."""
-    return _ids(tokenizer, render(tokenizer, prompt, chat_template))
+def _template_of(processor: Any) -> str | None:
+    own = processor.chat_template
+    return own.get("default") if isinstance(own, dict) else own
 
 
-def post_instruction_length(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
-) -> int:
+def _check_places(processor: Any, prompt: Prompt, text: str) -> None:
+    """Each image has its one place in the text, and nothing else looks like one."""
+    place, images = _placeholder(processor), len(prompt.images)
+    if place is None and images:
+        raise PromptError(
+            f"{type(processor).__name__} has no image token, so {prompt.text[:60]!r} would lose "
+            f"its {images} image(s). Give the processor of a vision-language model."
+        )
+    found = 0 if place is None else text.count(place)
+    if found != images:
+        raise PromptError(
+            f"The chat template writes {found} times {place!r} for the {images} image(s) of "
+            f"{prompt.text[:60]!r}, so text and images would not match. Use the model's own chat "
+            f"template, and keep {place!r} out of what is asked."
+        )
+    if "'type': 'text'" in text:
+        raise PromptError(
+            f"The chat template writes {prompt.text[:60]!r} as a list: it is made for messages of "
+            "plain text. Use the processor's own template, or a tokenizer for prompts of text."
+        )
+
+
+def post_instruction_length(tokenizer: Reader, chat_template: str | None = None) -> int:
     """How many template tokens, at least 1, stand between the instruction and the answer."""
     probe = "Alpha"
     text = render(tokenizer, as_prompts([probe])[0], chat_template)
     after = text[text.rindex(probe) + len(probe) :] if probe in text else ""
-    return max(len(_ids(tokenizer, after)), 1)
+    return max(len(_ids(tokenizer_of(tokenizer), after)), 1)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+def tokenizer_of(reader: Reader) -> PreTrainedTokenizerBase:
+    """The tokenizer itself, of a processor its own."""
+    return getattr(reader, "tokenizer", reader)  # pyright: ignore[reportReturnType]
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def check_images(model: Any, prompts: Iterable[Prompt]) -> None:
+    """Refuse prompts with images for a model that reads text only, before its first pass.
+
+    Raises:
+        PromptError: A prompt has an image, and the model's forward takes none.
+    """
+    with_image = next((prompt for prompt in prompts if prompt.images), None)
+    plain = plain_model(model)
+    if with_image is not None and "pixel_values" not in signature(plain.forward).parameters:
+        raise PromptError(
+            f"{with_image.text[:60]!r} comes with an image, and {type(plain).__name__} reads text "
+            "only. Give a vision-language model, or prompts of text."
+        )
+
+
+def _placeholder(processor: Any) -> str | None:
+    """What the template writes where an image is to be."""
+    return getattr(processor, "image_token", None)
+
+
+def _placeholder_id(processor: Any) -> int | None:
+    place = _placeholder(processor)
+    return None if place is None else processor.tokenizer.convert_tokens_to_ids(place)
+
+
+def _starts_itself(reader: Any, text: str) -> bool:
+    """Whether the start token is still to be added, as transformers decides it.
+
+    Chat templates of tokenizers write their own; those of processors may leave it out (Llava).
+    """
+    plain = tokenizer_of(reader)
+    return plain is not reader and not (plain.bos_token and text.startswith(str(plain.bos_token)))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    return tokenizer(text, add_special_tokens=special)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def pad_token(tokenizer: Reader) -> int:
     """The number to pad with: the pad token's, or the end token's.
 
     Raises:
         PromptError: The tokenizer has neither.
     """
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    plain = tokenizer_of(tokenizer)
+    for candidate in (plain.pad_token_id, plain.eos_token_id):
         if candidate is not None:
             return int(candidate)  # pyright: ignore[reportArgumentType]
     raise PromptError(

@@ -8,37 +8,52 @@ from pathlib import Path
 from typing import Any
 
 from safeft.errors import PromptError
-from safeft.prompts import Prompt, as_prompts
+from safeft.forms import Prompt, PromptLike, as_prompts
 
 
-def read_prompts(path: str | Path, column: str | None = None) -> list[str]:
+def read_prompts(
+    path: str | Path, column: str | None = None, image_column: str | None = None
+) -> list[PromptLike]:
     """Prompts from a file: ``.txt`` one a line, ``.csv``, ``.jsonl``, or ``.json`` (a list).
 
     Args:
-        path: The file. In a table, rows with an empty cell are skipped.
+        path: The file. In a table, rows with an empty cell, and no image, are skipped.
         column: The column or key that holds the prompt. Needed only where a row has several and
             none of them is called ``prompt``, ``instruction``, ``question``, ``goal`` or ``text``.
+        image_column: The column with the path of an image that comes before the prompt, as seen
+            from the table's folder; by default ``image``, where there is one.
+
+    Returns:
+        Texts, and a :class:`~safeft.prompts.Prompt` where a row has an image.
 
     Raises:
-        PromptError: No such file, no such column, no readable row; each message names the file.
+        PromptError: No such file, no such column, no readable row, no such image; each message
+            names the file.
 
     Example:
         ``read_prompts("advbench/harmful_behaviors.csv", column="goal")``
     """
     path = Path(path)
-    cells = (row if isinstance(row, str) else _cell(row, column, path) for row in _read(path))
-    prompts = [cell.strip() for cell in cells if cell.strip()]
+    prompts: list[PromptLike] = []
+    for row in _read(path):
+        image = _image(row, image_column, path)
+        asked = (row if isinstance(row, str) else _cell(row, column, path)).strip()
+        if asked or image:
+            prompts.append({"prompt": asked, "image": image} if image else asked)
     if not prompts:
         raise PromptError(
             f"{str(path)!r} holds no prompt. Nothing can be located or measured on it."
         )
-    return prompts
+    made = _prompts(prompts, path)
+    return [p if isinstance(p, str) else own for p, own in zip(prompts, made, strict=True)]
 
 
 def read_examples(
     path: str | Path, prompt_column: str | None = None, answer_column: str | None = None
 ) -> list[Prompt]:
     """Prompts with answers from a table (CSV, JSON, JSONL), also in TRL's ``messages`` form.
+
+    A column ``image`` holds paths of images, as for :func:`read_prompts`.
 
     Args:
         path: The file.
@@ -49,14 +64,15 @@ def read_examples(
         PromptError: No such file or column, or a row without an answer.
     """
     path = Path(path)
-    examples = []
+    rows: list[PromptLike] = []
     for row in _read(path):
         if isinstance(row, Mapping) and prompt_column is None and "messages" in row:
-            examples += as_prompts([row])
+            rows.append(row)
             continue
         asked = _cell(row, prompt_column, path)
         answer = _cell(row, answer_column, path, _USUAL_ANSWERS)
-        examples += as_prompts([{"prompt": asked, "response": answer}])
+        rows.append({"prompt": asked, "response": answer, "image": _image(row, None, path)})
+    examples = _prompts(rows, path)
     if not examples or not all(example.response for example in examples):
         raise PromptError(
             f"{str(path)!r} has {len(examples)} rows, and some without an answer; nothing can be "
@@ -119,6 +135,25 @@ def _rows(suffix: str, text: str) -> list[Any]:
     return text.split("\n")
 
 
+def _image(row: Any, column: str | None, path: Path) -> Path | None:
+    """The row's image, which may be none where no column was asked for by name."""
+    if not isinstance(row, Mapping) or (column is None and _IMAGE not in row):
+        return None
+    name = _cell(row, column or _IMAGE, path).strip()
+    return path.parent / name if name else None
+
+
+def _prompts(rows: Sequence[PromptLike], path: Path) -> list[Prompt]:
+    try:
+        return as_prompts(rows)
+    except PromptError as error:
+        raise PromptError(
+            f"{str(path)!r} holds what is no prompt (a column `image` is read as paths of images, "
+            f"as seen from the table's folder). {error}"
+        ) from error
+
+
+_IMAGE = "image"
 _USUAL_PROMPTS = ("prompt", "instruction", "question", "goal", "text")
 _USUAL_ANSWERS = ("response", "completion", "answer", "output")
 
@@ -127,8 +162,8 @@ def _cell(row: Any, column: str | None, path: Path, usual: Sequence[str] = _USUA
     if not isinstance(row, Mapping):
         raise PromptError(f"{str(path)!r} holds the row {row!r}; a mapping with columns is needed.")
     if column is None:
-        only = list(row) if len(row) == 1 and usual is _USUAL_PROMPTS else []
-        found = [name for name in usual if name in row] or only
+        only = [name for name in row if name != _IMAGE] if usual is _USUAL_PROMPTS else []
+        found = [name for name in usual if name in row] or (only if len(only) == 1 else [])
         if not found:
             raise PromptError(
                 f"{str(path)!r} has the columns {list(row)}; say which one is meant "

@@ -9,6 +9,7 @@ import torch
 import safeft.evaluation as module
 import safeft.intervals
 import safeft.measure
+from safeft.demo.pictures import shapes
 from safeft.errors import ConfigError, PromptError
 from safeft.evaluation import (
     Evaluation,
@@ -24,6 +25,7 @@ from safeft.evaluation import (
 from safeft.generation import generate
 from safeft.prompts import as_prompts, render
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
+from tests.vlm import FAMILIES
 
 EXAMPLES = [
     {"prompt": "What is two and two?", "response": "four"},
@@ -340,3 +342,77 @@ def test_the_examples_in_the_docstrings_run(each):
     result = doctest.testmod(each)
     assert result.attempted
     assert result.failed == 0
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
+def seeing(request):
+    return FAMILIES[request.param]()
+
+
+PICTURES = [
+    {"prompt": "What is this?", "image": shapes(1, (40, 30)), "response": "A house, I think."},
+    {"prompt": "And this?", "image": shapes(2, (24, 33)), "response": "Hey"},
+    *EXAMPLES[:2],
+]
+
+
+def loss_alone(model, processor, example):
+    """By transformers' own chat and labels, one example at a time."""
+    content = [{"type": "text", "text": example["prompt"]}]
+    if "image" in example:
+        content = [{"type": "image", "image": example["image"]}, *content]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+        return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    answer = torch.tensor(
+        [processor.tokenizer(example["response"], add_special_tokens=False).input_ids]
+    )
+    asked = inputs["input_ids"]
+    inputs["input_ids"] = torch.cat([asked, answer], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"]
+        inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(answer)], 1)
+    labels = torch.cat([torch.full_like(asked, -100), answer], 1)
+    with torch.no_grad():
+        return model(**inputs, labels=labels).loss.item(), answer.shape[1]
+
+
+def test_domain_loss_with_images_is_that_of_labels_alone(seeing):
+    losses = [loss_alone(*seeing, example) for example in PICTURES]
+    wanted = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    for batch_size in (1, 4):
+        found = domain_loss(*seeing, PICTURES, batch_size=batch_size)
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_all_measures_take_images(seeing):
+    model, processor = seeing
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "vis" in name:
+                parameter.mul_(1.5)
+    found = evaluate(
+        tuned, processor, harmful=PICTURES[:2], benign=PICTURES[2:], domain=PICTURES, base=model,
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert found.refusal is not None
+    assert found.refusal.total == 2
+    assert found.drift is not None
+    assert found.drift["harmful"] > 1e-4 > found.drift["benign"]
+    assert found.samples[0].prompt in ("What is this?", "And this?")
+
+
+def test_measures_refuse_images_for_a_model_of_text(model, tokenizer, seeing):
+    for measure in (
+        lambda: domain_loss(model, seeing[1], PICTURES),
+        lambda: drift(model, model, seeing[1], PICTURES),
+        lambda: refusal_rate(model, seeing[1], PICTURES),
+        lambda: answer_accuracy(model, seeing[1], PICTURES),
+    ):
+        with pytest.raises(PromptError, match="comes with an image, and LlamaForCausalLM reads"):
+            measure()
+    with pytest.raises(PromptError, match=r"comes with 1 image\(s\), and \w+ reads text only"):
+        domain_loss(seeing[0], tokenizer, PICTURES)

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import safeft.locators
 import safeft.locators.openings as openings_module
+from safeft.demo.pictures import shapes
 from safeft.errors import ConfigError, PromptError, SelectionError, UnsupportedModelError
+from safeft.files import sha256
 from safeft.locators import (
     METHODS,
     AttributionFitter,
@@ -454,6 +456,30 @@ def test_the_source_tells_how_and_on_what() -> None:
     assert again.source["calibration"]["benign"] == calibration["benign"]
     assert again.source["calibration"]["harmful"]["sha256"] != calibration["harmful"]["sha256"]
     json.dumps(dict(source))
+
+
+def test_hashes_cover_images_and_are_as_before_without() -> None:
+    hash_of = safeft.locators._hash
+    plain = as_prompts([{"prompt": "Hi", "response": "No"}])
+    rows = [[[{"role": "user", "content": "Hi"}], "No"]]
+    assert hash_of(plain) == sha256(json.dumps(rows, sort_keys=True).encode())
+    seen = [as_prompts([{"prompt": "Hi", "image": shapes(n, (8, 8))}]) for n in (1, 2, 1)]
+    one, other, again = map(hash_of, seen)
+    assert one == again != other != hash_of(as_prompts(["Hi"])) != one
+
+
+def test_sides_with_the_same_words_may_differ_in_pictures() -> None:
+    drawn = [as_prompts([{"prompt": "Do it", "image": shapes(n, (8, 8))}]) for n in (1, 2, 1)]
+    safeft.locators._check_sides({"harmful": drawn[0], "benign": drawn[1]})
+    with pytest.raises(PromptError, match="Harmful and benign prompts are the same"):
+        safeft.locators._check_sides({"harmful": drawn[0], "benign": drawn[2]})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_for_a_model_of_text_are_refused(method: Any) -> None:
+    shown = [{"prompt": "Make this", "image": shapes(1, (8, 8))}]
+    with pytest.raises(PromptError, match="'Make this' comes with an image, and LlamaForCausalLM"):
+        locate(tiny_model(), tiny_tokenizer(), [*HARMFUL, *shown], BENIGN, method=method)
 
 
 def test_random_is_drawn_by_its_seed_alone() -> None:

@@ -1,5 +1,6 @@
 import doctest
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +11,16 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import safeft.prompts
+from safeft.demo.pictures import shapes
 from safeft.errors import PromptError
 from safeft.prompts import (
-    Prompt,
     as_prompts,
     batches,
     post_instruction_length,
     render,
 )
 from tests.models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from tests.vlm import tiny_gemma3, tiny_llava, tiny_qwen2_vl
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Good day"}
@@ -33,66 +35,6 @@ ROWS = [
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return tiny_model()
-
-
-@pytest.mark.parametrize(
-    ("item", "messages", "response"),
-    [
-        ("Hi", (USER,), None),
-        ([USER], (USER,), None),
-        ((SYSTEM, USER), (SYSTEM, USER), None),
-        ([USER, ANSWER], (USER,), "Good day"),
-        ([USER, ANSWER, USER], (USER, ANSWER, USER), None),
-        ({"prompt": "Hi"}, (USER,), None),
-        ({"prompt": "Hi", "response": "No"}, (USER,), "No"),
-        ({"prompt": "Hi", "completion": "No"}, (USER,), "No"),
-        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, (SYSTEM, USER), "Good day"),
-        ({"prompt": [USER], "completion": []}, (USER,), None),
-        ({"messages": [USER, ANSWER]}, (USER,), "Good day"),
-        ({"messages": [USER, ANSWER], "response": "No"}, (USER,), "No"),
-        ({"prompt": None, "messages": [USER]}, (USER,), None),
-        ({"prompt": "Hi", "response": None, "completion": "No"}, (USER,), "No"),
-        ({"prompt": "Hi", "response": 4}, (USER,), "4"),
-        (Prompt((USER,), "No"), (USER,), "No"),
-    ],
-)
-def test_forms_of_prompts(item: Any, messages: tuple, response: str | None) -> None:
-    (found,) = as_prompts([item])
-    assert found == Prompt(messages, response)
-    assert found.text == "Hi"
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ("", "Prompt 1 is empty"),
-        (" \n", "Prompt 1 is empty"),
-        ([{"role": "user", "content": " "}], "Prompt 1 is empty"),
-        ({"prompt": ""}, "Prompt 1 is empty"),
-        ({"messages": [{"role": "user", "content": ""}, ANSWER]}, "Prompt 1 is empty"),
-        ({"question": "Hi"}, r"Prompt 1 has the keys \['question'\]"),
-        ({"prompt": None}, r"Prompt 1 has the keys"),
-        ([], "Prompt 1 is"),
-        (3, "Prompt 1 is 3"),
-        (["Hi"], "Prompt 1 is"),
-        ([{"role": "user"}], "Prompt 1 is"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "Prompt 1 is"),
-        ([ANSWER], "Prompt 1 has only an assistant message"),
-    ],
-)
-def test_what_is_no_prompt_is_named_by_its_number(item: Any, message: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        as_prompts(["fine", item])
-
-
-@pytest.mark.parametrize("items", ["Hello", {"prompt": "Hello"}])
-def test_one_prompt_instead_of_a_list_is_refused(items: Any) -> None:
-    with pytest.raises(PromptError, match="given as one (str|dict); give a list"):
-        as_prompts(items)
-
-
-def test_any_iterable_will_do() -> None:
-    assert [p.text for p in as_prompts(text for text in TEXTS)] == TEXTS
 
 
 def test_the_template_writes_the_prompt_up_to_the_answer() -> None:
@@ -271,3 +213,129 @@ def test_words_a_tokenizer_does_not_know_are_no_template_tokens() -> None:
     assert post_instruction_length(tokenizer) == 1
     (batch,) = batches(tokenizer, as_prompts(["one", "two three"]), batch_size=2)
     assert batch.choose("post_instruction").sum(1).tolist() == [1, 1]
+
+
+def llava(side: str = "left") -> Any:
+    return tiny_llava(padding_side=side)[1]
+
+
+SHOWN: dict[str, Any] = {"prompt": "What is this?", "image": shapes(0, (40, 40))}
+
+
+def shown(processor: Any, row: Any = SHOWN, **settings: Any) -> Any:
+    return list(batches(processor, as_prompts([row]), **{"batch_size": 1, **settings}))
+
+
+def test_templates_of_processors_are_given_parts() -> None:
+    (plain, picture) = as_prompts(["Hi", SHOWN])
+    assert render(llava(), plain) == "USER: Hi ASSISTANT:"
+    assert render(llava(), picture) == "USER: <image>\nWhat is this? ASSISTANT:"
+    start = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    qwen = tiny_qwen2_vl()[1]
+    assert render(qwen, plain) == f"{start}Hi{end}"
+    seen = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert render(qwen, picture) == f"{start}{seen}What is this?{end}"
+
+
+def test_text_in_parts_is_text_to_a_tokenizer() -> None:
+    parts = [{"type": "text", "text": "Hi"}]
+    (prompt,) = as_prompts([[{"role": "user", "content": parts}]])
+    assert render(tiny_tokenizer(), prompt) == "<|user|>Hi<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("family", [tiny_llava, tiny_gemma3, tiny_qwen2_vl])
+def test_the_start_token_comes_once_if_the_model_has_one(family: Any) -> None:
+    _, processor = family()
+    start = processor.tokenizer.bos_token_id
+    for row in ("Hi", SHOWN):
+        ((batch,),) = (shown(processor, row),)
+        ids = batch.input_ids[0].tolist()
+        assert (start is None) or (ids[0] == start and start not in ids[1:])
+    assert start not in (batch.answered([5]).input_ids[0, -2:]).tolist()
+
+
+@pytest.mark.parametrize("where", ["processor", "several", "tokenizer", "argument"])
+def test_where_a_processors_template_may_stand(where: str) -> None:
+    processor = llava()
+    template, processor.chat_template = processor.chat_template, None
+    settings: dict[str, Any] = {}
+    if where == "processor":
+        processor.chat_template = template
+    elif where == "several":
+        processor.chat_template = {"default": template, "other": "no"}
+    elif where == "tokenizer":
+        processor.tokenizer.chat_template = template
+    else:
+        settings["chat_template"] = template
+    (batch,) = shown(processor, **settings)
+    assert batch.images["pixel_values"].shape == (1, 3, 32, 32)
+    if where == "argument":
+        with pytest.raises(PromptError, match="no chat template"):
+            shown(processor)
+
+
+def without_image_token(processor: Any) -> None:
+    processor.image_token = None
+
+
+def without_patch_size(processor: Any) -> None:
+    processor.patch_size = None
+
+
+IGNORES = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("change", "row", "settings", "message"),
+    [
+        (None, SHOWN, {"chat_template": IGNORES},
+         r"writes 0 times '<image>' for the 1 image\(s\) of 'What is this\?', so text and images"),
+        (None, SHOWN, {"chat_template": IGNORES + "<image><image>"}, "writes [12] times '<image>'"),
+        (None, {**SHOWN, "prompt": "Is <image> one?"}, {}, "writes 2 times.*out of what is asked"),
+        (None, "Is <image> one?", {}, r"writes 1 times '<image>' for the 0 image\(s\)"),
+        (None, {**SHOWN, "response": "It is <image>"}, {}, "response to 'What.*holds '<image>'"),
+        (None, "Hi", {"chat_template": CHAT_TEMPLATE}, "as a list: it is made for .*plain text"),
+        (without_image_token, SHOWN, {}, "LlavaProcessor has no image token.*lose its 1 image"),
+        (without_patch_size, SHOWN, {}, "LlavaProcessor cannot take the images of 'What is this?"),
+        (None, SHOWN, {"max_length": 20}, r"has 48 tokens with its 1 image.*above max_length=20"),
+    ],
+)  # fmt: skip
+def test_images_that_would_be_lost_or_torn_are_refused(
+    change: Any, row: Any, settings: dict[str, Any], message: str
+) -> None:
+    processor = llava()
+    if change is not None:
+        change(processor)
+    with pytest.raises(PromptError, match=message) as caught:
+        shown(processor, row, **settings)
+    assert str(caught.value).endswith(".")
+
+
+def test_a_tokenizer_is_given_no_image() -> None:
+    with pytest.raises(
+        PromptError, match=r"'What is this\?' comes with 1 image\(s\), and \w+ reads"
+    ):
+        shown(tiny_tokenizer())
+
+
+def test_an_image_that_is_gone_or_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    shapes(0, (64, 64)).save(path)
+    prompts = as_prompts([{"prompt": "What is this?", "image": path}])
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(PromptError, match=r"a.png' cannot be read"):
+        list(batches(llava(), prompts, batch_size=1))
+
+
+def test_prompts_of_text_are_the_same_through_either() -> None:
+    _, processor = tiny_qwen2_vl()
+    processor.tokenizer.chat_template = processor.chat_template
+    either = [
+        [b.input_ids for b in batches(reader, as_prompts(TEXTS), batch_size=2)]
+        for reader in (processor, processor.tokenizer)
+    ]
+    assert all(map(torch.equal, *either))
+    longest = "abc " * 40
+    (batch,) = shown(processor, longest, max_length=20)
+    assert batch.input_ids.shape == (1, 20)

@@ -2,8 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from safeft.errors import PromptError
+from safeft.forms import Prompt
 from safeft.reading import read_columns, read_examples, read_prompts
 
 USER = {"role": "user", "content": "Hi"}
@@ -150,3 +152,65 @@ def test_languages_of_multijail(data_dir: Path) -> None:
     assert {len(cells) for cells in found.values()} == {291}
     assert sum(cell == "" for cells in found.values() for cell in cells) == 0
     assert len(set(map(tuple, found.values()))) == 10
+
+
+TABLES = {
+    "a.csv": "prompt,image\nWhat is this?,red.png\nand this?,{}\n,sub/red.png\nNo picture,\n",
+    "a.jsonl": "\n".join(
+        json.dumps(row)
+        for row in (
+            {"prompt": "What is this?", "image": "red.png"},
+            {"prompt": "and this?", "image": "{}"},
+            {"prompt": "", "image": "sub/red.png"},
+            {"prompt": "No picture", "image": None},
+            {"prompt": None, "image": ""},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("column", ["image", "seen"])
+def test_a_column_of_images(name: str, column: str, tmp_path: Path) -> None:
+    red, away = tmp_path / "red.png", tmp_path / "away" / "red.png"
+    for path in (red, away, tmp_path / "sub" / "red.png"):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(path)
+    table = TABLES[name].replace("image", column).replace("{}", str(away))
+    (tmp_path / name).write_text(table)
+    found = read_prompts(tmp_path / name, "prompt", None if column == "image" else column)
+    assert found[3] == "No picture"
+    shown = [prompt for prompt in found if isinstance(prompt, Prompt)]
+    assert [(prompt.text, prompt.images) for prompt in shown] == [
+        ("What is this?", (red,)),
+        ("and this?", (away,)),
+        ("", (tmp_path / "sub" / "red.png",)),
+    ]
+    assert len(found) == 4
+
+
+def test_examples_may_have_images(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "red.png")
+    (tmp_path / "a.csv").write_text("prompt,image,answer\nColour?,red.png,Red\n2 + 2?,,4\n")
+    seen, plain = read_examples(tmp_path / "a.csv")
+    assert (seen.images, seen.response) == ((tmp_path / "red.png",), "Red")
+    assert (plain.images, plain.response) == ((), "4")
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "message"),
+    [
+        ("prompt,image\nHi,none.png\n", None, r"Prompt 0 names the image '.*none.png', and there"),
+        ("prompt,image\nHi,\nHo,a.csv\n", None, r"a.csv' cannot be read .*Save it again as PNG"),
+        ("prompt,image\nHi,http://a.b/c.png\n", None, "there is no such file.*not made here"),
+        ("prompt,n\nHi,3\n", "image", r"no column 'image'; it has \['prompt', 'n'\]"),
+        ("image\nred.png\n", None, r"has the columns \['image'\]; say which"),
+    ],
+)
+def test_images_that_are_not_there_are_named(
+    table: str, column: str | None, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_text(table)
+    with pytest.raises(PromptError, match=message) as caught:
+        read_prompts(tmp_path / "a.csv", None, column)
+    assert str(tmp_path / "a.csv") in str(caught.value)

@@ -1,7 +1,9 @@
 """Models and tokenizers by name, for the commands; what goes wrong is said in a sentence."""
 
+import json
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def shard(model: Any) -> None:
 def load_model(
     name: str, dtype: str = "auto", device: str | None = None, device_map: str | None = None
 ) -> tuple[Any, Any]:
-    """A causal language model (adapter folders included) and its tokenizer.
+    """A chat model (adapter folders included) and its tokenizer; a processor if it sees images.
 
     Args:
         name: Folder or hub name.
@@ -73,7 +75,7 @@ def load_model(
         ConfigError: It is not there or cannot be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if device_map is not None and device is not None:
         raise ConfigError("Give `device` or `device_map`, not both.")
@@ -83,13 +85,21 @@ def load_model(
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is none; use auto, float32, bfloat16 or float16.")
     try:
-        if (Path(name) / "adapter_config.json").is_file():
+        base = _base_of(name)
+        sees = _sees_images(base or name)
+        if base is None:
+            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model: Any = kind.from_pretrained(name, dtype=dtype, **spread)
+        elif sees:
+            from peft import PeftModel
+
+            plain = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, **spread)
+            model = PeftModel.from_pretrained(plain, name)
+        else:
             from peft import AutoPeftModelForCausalLM
 
-            model: Any = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
-        tokenizer = load_tokenizer(name, model)
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=dtype, **spread)
+        tokenizer = load_processor(name, base) if sees else load_tokenizer(name, model)
         return (model if spread else model.to(device)).eval(), tokenizer
     except ConfigError:
         raise
@@ -99,6 +109,60 @@ def load_model(
             f"The model {name!r} cannot be loaded: {first} Give the folder of a saved model, or "
             "the name of one on the hub."
         ) from error
+
+
+def _base_of(name: str) -> str | None:
+    """The model that an adapter's folder names as its base; of anything else none."""
+    path = Path(name) / "adapter_config.json"
+    return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+
+
+def _sees_images(name: str) -> bool:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(name)
+    known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return known and getattr(config, "vision_config", None) is not None
+
+
+def load_processor(name: str, base: str | None = None) -> Any:
+    """The processor beside a model that sees images; without its video part if that cannot be made.
+
+    transformers makes video processors by torchvision only, and refuses the whole without it.
+
+    Args:
+        name: Folder or hub name.
+        base: The base of an adapter; its processor is used where the adapter's folder has none.
+    """
+    import transformers
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoProcessor,
+        AutoTokenizer,
+        ProcessorMixin,
+    )
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    from safeft.images import images_only
+
+    files = ("processor_config.json", "preprocessor_config.json")
+    if base and not any((Path(name) / file).is_file() for file in files):
+        name = base
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (ImportError, OSError, ValueError):
+        own = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(name).model_type)
+        kind = getattr(transformers, own or "", None)
+        if kind is None or "video_processor" not in signature(kind).parameters:
+            raise
+    settings, _ = ProcessorMixin.get_processor_dict(name)
+    return images_only(kind)(
+        AutoImageProcessor.from_pretrained(name),
+        AutoTokenizer.from_pretrained(name),
+        chat_template=settings.get("chat_template"),
+    )
 
 
 def load_tokenizer(name: str, model: Any) -> Any:

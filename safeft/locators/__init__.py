@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeAlias, get_args
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError, PromptError
 from safeft.files import sha256
@@ -28,7 +28,15 @@ from safeft.locators.variance import VarianceFitter
 from safeft.locators.wanda import WandaFitter
 from safeft.neurons import NeuronSet
 from safeft.processes import from_first, gathered, rank, ranks
-from safeft.prompts import Prompt, PromptLike, as_prompts, batches, input_device
+from safeft.prompts import (
+    Prompt,
+    PromptLike,
+    Reader,
+    as_prompts,
+    batches,
+    check_images,
+    input_device,
+)
 from safeft.shards import is_split
 from safeft.sites import Kind, Site, find_sites
 
@@ -76,7 +84,7 @@ _SCOPES: Mapping[str, Literal["layer", "global"]] = {
 
 def locate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     harmful: Iterable[PromptLike],
     benign: Iterable[PromptLike],
     *,
@@ -100,7 +108,7 @@ def locate(
 
     Args:
         model: A causal language model with a known layout.
-        tokenizer: Its tokenizer, with a chat template.
+        tokenizer: Its tokenizer, or its processor where it sees images, with a chat template.
         harmful: Prompts the model refuses (strings, message lists, or rows with a response).
         benign: Ordinary prompts, of which it refuses none.
         method: One of ``METHODS``.
@@ -230,7 +238,7 @@ def locate_groups(
 def score(
     fitter: Fitter,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     sides: Mapping[Side, Sequence[Prompt]],
     *,
     batch_size: int = 16,
@@ -244,6 +252,7 @@ def score(
     Where the fitter reads answers and a prompt brings none, the model's own greedy answer is used.
     With ``share`` every process takes each so-manieth batch; all get the same scores.
     """
+    check_images(model, [prompt for prompts in sides.values() for prompt in prompts])
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
@@ -292,7 +301,7 @@ def _fitter(method: Method, model: PreTrainedModel, sites: Mapping[str, Site], s
 
 def _answered(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     prompts: list[Prompt],
     batch_size: int,
     max_length: int,
@@ -333,7 +342,7 @@ def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
                 f"There are no {side} prompts. A safety neuron is one that acts on harmful prompts "
                 "and not on benign ones, so both sides are needed; some 100 of each will do."
             )
-    if {p.text for p in sides["harmful"]} == {p.text for p in sides["benign"]}:
+    if _same(sides["harmful"], sides["benign"]):
         raise PromptError(
             "Harmful and benign prompts are the same; there is nothing to tell apart. Is one file "
             "given twice?"
@@ -346,8 +355,17 @@ def _calibration(sides: Mapping[Side, Sequence[Prompt]]) -> dict[str, Any]:
     }
 
 
+def _same(harmful: Sequence[Prompt], benign: Sequence[Prompt]) -> bool:
+    """Whether the same is asked; images are opened only where the texts do not tell."""
+    if {prompt.text for prompt in harmful} != {prompt.text for prompt in benign}:
+        return False
+    either = ({json.dumps(prompt.record) for prompt in side} for side in (harmful, benign))
+    return next(either) == next(either)
+
+
 def _hash(prompts: Sequence[Prompt]) -> str:
-    rows = [[[dict(m) for m in p.messages], p.response] for p in prompts]
+    """Of all that is said and shown; images count by their pixels, which are not kept."""
+    rows = [[p.record, p.response] for p in prompts]
     return sha256(json.dumps(rows, sort_keys=True).encode())
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safeft.errors import PromptError
 from safeft.generation import generate_tokens
 from safeft.judge import PrefixJudge, default_refusal_openings
-from safeft.prompts import Prompt
+from safeft.prompts import Prompt, Reader, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class RefusalOpenings:
 
 def refusal_openings(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     harmful: Sequence[Prompt],
     benign: Sequence[Prompt],
     *,
@@ -57,9 +57,10 @@ def refusal_openings(
     Raises:
         PromptError: Refusals and ordinary answers start alike, so they cannot be told apart.
     """
+    plain = tokenizer_of(tokenizer)
 
     def tokens_of(texts: Sequence[str]) -> list[list[int]]:
-        found: Any = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        found: Any = [plain(t, add_special_tokens=False)["input_ids"] for t in texts]
         return [ids for ids in found if ids]
 
     def answers(prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -77,7 +78,7 @@ def refusal_openings(
             )
     else:
         replies = answers(harmful)
-        texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in replies]
+        texts = [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in replies]
         refused = PrefixJudge()([prompt.text for prompt in harmful[:sample]], texts)
         refusals = [ids for ids, said_no in zip(replies, refused, strict=True) if said_no]
         if not refusals:
@@ -86,17 +87,17 @@ def refusal_openings(
                 "None of %d answers to harmful prompts starts as a known refusal; taking %s for "
                 "one. Give `openings` if that is wrong.",
                 len(replies),
-                [tokenizer.decode(ids[:1]) for ids in refusals[:3]] or "the default list",
+                [plain.decode(ids[:1]) for ids in refusals[:3]] or "the default list",
             )
         refusals = refusals or tokens_of(default_refusal_openings())
     prefix, tokens = _apart(refusals, served)
     if not tokens:
-        shown = sorted({str(tokenizer.decode(ids[:3])) for ids in refusals})[:3]
+        shown = sorted({str(plain.decode(ids[:3])) for ids in refusals})[:3]
         raise PromptError(
             f"The model starts benign answers as it starts refusals ({shown}), so refusal cannot "
             "be read from the start. Give refusal openings that set them apart (`openings`)."
         )
-    texts = tuple(str(tokenizer.decode([*prefix, token])) for token in tokens)
+    texts = tuple(str(plain.decode([*prefix, token])) for token in tokens)
     return RefusalOpenings(prefix, tokens, texts)
 
 
