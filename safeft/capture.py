@@ -6,7 +6,7 @@ memory does not grow with the number of prompts.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from safeft.sites import Site, dense, plain_model
 Observer = Callable[[str, Tensor], None]
 """Called once per module and forward pass with the module's name and its input
 ``(prompts, tokens, features)``."""
+
+Change = Callable[[str, Tensor], Tensor]
+"""Called once per site and forward pass with the site's name and its chosen units' activations
+``(prompts, tokens, units, width)``; gives those to go on with, of the same shape."""
 
 
 class CaptureError(SafeftError, RuntimeError):
@@ -78,19 +82,29 @@ def capture(model: nn.Module, sites: Mapping[str, Site]) -> Iterator[dict[str, T
 
 
 @contextmanager
-def silence(
-    model: nn.Module, neurons: Mapping[str, Tensor | tuple[int, ...]], sites: Mapping[str, Site]
+def edit(
+    model: nn.Module,
+    neurons: Mapping[str, Tensor | tuple[int, ...]],
+    sites: Mapping[str, Site],
+    change: Change,
 ) -> Iterator[None]:
-    """Run the model with the activations of ``neurons`` at zero: the causal check.
+    """Run the model with the activations of ``neurons`` replaced by what ``change`` makes of them.
 
     Args:
         model: The model; it is not changed.
         neurons: Site name to unit numbers (``NeuronSet.indices`` will do).
         sites: The model's sites.
+        change: See :data:`Change`; units come in ascending order. The result is cast to the
+            activations' dtype and moved to their device.
 
     Raises:
         SelectionError: A site or a unit that is not there.
-        CaptureError: A site never ran within the context, so nothing of it was silenced.
+        CaptureError: A site never ran within the context, so nothing of it was changed.
+
+    Example:
+        >>> double = lambda site, values: 2 * values
+        >>> with edit(model, {"model.layers.1.mlp": (3, 7)}, sites, double):  # doctest: +SKIP
+        ...     model(**batch.inputs)
     """
     plain = plain_model(model)
     columns_of = {name: _columns(name, units, sites) for name, units in neurons.items()}
@@ -100,9 +114,14 @@ def silence(
     def hook_for(
         name: str, columns: Tensor
     ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        width = sites[name].width
+
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             missing.discard(name)
-            return (inputs[0].index_fill(-1, columns.to(inputs[0].device), 0), *inputs[1:])
+            values, places = inputs[0], columns.to(inputs[0].device)
+            chosen = values.index_select(-1, places).unflatten(-1, (len(places) // width, width))
+            changed = change(name, chosen).flatten(-2).to(values)
+            return (values.index_copy(-1, places, changed), *inputs[1:])
 
         return hook
 
@@ -117,14 +136,21 @@ def silence(
     _expect_all_ran(missing)
 
 
+def silence(
+    model: nn.Module, neurons: Mapping[str, Tensor | tuple[int, ...]], sites: Mapping[str, Site]
+) -> AbstractContextManager[None]:
+    """Run the model with the activations of ``neurons`` at zero; see :func:`edit`."""
+    return edit(model, neurons, sites, lambda _, values: torch.zeros_like(values))
+
+
 def _columns(name: str, units: Tensor | tuple[int, ...], sites: Mapping[str, Site]) -> Tensor:
     if name not in sites:
-        raise SelectionError(f"There is no site {name!r} to silence; there are {list(sites)[:4]}.")
+        raise SelectionError(f"There is no site {name!r} to change; there are {list(sites)[:4]}.")
     numbers = torch.as_tensor(units, dtype=torch.long)
     wrong = numbers[(numbers < 0) | (numbers >= sites[name].units)].tolist()
     if wrong:
         raise SelectionError(
-            f"{name!r} has units 0 to {sites[name].units - 1}, and cannot silence {wrong[:3]}: "
+            f"{name!r} has units 0 to {sites[name].units - 1}, and not {wrong[:3]}: "
             "they belong to another model."
         )
     return sites[name].writes.entries(numbers)

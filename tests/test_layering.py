@@ -20,7 +20,7 @@ LAYERS = (
     ("capture", "prompts", "judge"),
     ("generation", "reading"),
     ("locators", "measure"),
-    ("freeze", "evaluation"),
+    ("freeze", "evaluation", "causal"),
     ("report",),
     ("demo",),
     ("commands",),

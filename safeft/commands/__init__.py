@@ -12,6 +12,7 @@ from importlib import import_module
 VERBS = {
     "demo": "the whole story on a small model that ships with safeft, in four minutes",
     "locate": "find the safety neurons of a chat model",
+    "validate": "check that refusal hangs on them, against random sets of equal size",
     "sft": "supervised fine-tuning (all of `trl sft`) with the neurons frozen",
     "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
     "verify": "compare base and tuned weights, bit by bit",
