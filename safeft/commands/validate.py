@@ -58,12 +58,19 @@ def main(arguments: Sequence[str]) -> int:
     (config,) = parse([ValidateConfig], arguments, "validate", ValidateConfig.__doc__ or "")
     assert isinstance(config, ValidateConfig)
     from safeft.causal import validate, with_effect
+    from safeft.errors import ConfigError
     from safeft.files import write_whole
     from safeft.judge import as_judge
     from safeft.neurons import NeuronSet
     from safeft.reading import read_prompts
     from safeft.report.plots import refusal_by_condition
 
+    picture = Path(config.output).with_suffix(".svg") if config.output else None
+    if picture is not None and picture == Path(config.output or ""):
+        raise ConfigError(
+            f"output={config.output!r}: the picture goes there, and the JSON needs a name of its "
+            "own, such as causal.json."
+        )
     neurons = NeuronSet.from_pretrained(config.neurons)
     harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
     benign = read_prompts(config.benign, config.benign_column)[: config.limit]
@@ -87,10 +94,9 @@ def main(arguments: Sequence[str]) -> int:
         chat_template=template,
     )
     text = json.dumps(effect.to_dict(), indent=2)
-    if config.output:
-        target = Path(config.output)
-        write_whole(target, text + "\n")
-        write_whole(target.with_suffix(".svg"), refusal_by_condition(effect))
+    if config.output and picture:
+        write_whole(Path(config.output), text + "\n")
+        write_whole(picture, refusal_by_condition(effect))
     if config.write:
         with_effect(neurons, effect).save_pretrained(config.neurons)
     print(text if config.json else _table(effect))
@@ -116,10 +122,7 @@ def _table(effect: Any) -> str:
     )
     label = f"random ({len(effect.random)})"
     rows.append(f"{label:<12}{cells[0]:>26}{cells[1]:>26}{loss:>8.2f}{answers:>9.2f}")
-    return "\n".join(
-        [
-            *rows,
-            "nats a token: on the intact model's benign answers; of answers to harmful prompts",
-            effect.summary(),
-        ]
+    rows.append(
+        "loss, answers: nats a token, of its own benign answers and of what it says to harm"
     )
+    return "\n".join([*rows, effect.summary()])
