@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safeft.causal import validate as validate
+    from safeft.causal.effect import CausalEffect as CausalEffect
     from safeft.errors import SafeftError as SafeftError
     from safeft.evaluation import Evaluation as Evaluation
     from safeft.evaluation import evaluate as evaluate
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CausalEffect": "safeft.causal.effect",
     "Certificate": "safeft.freeze.certificate",
     "Evaluation": "safeft.evaluation",
     "Judge": "safeft.judge",
@@ -34,6 +37,7 @@ _HOMES = {
     "find_sites": "safeft.sites",
     "locate": "safeft.locators",
     "read_prompts": "safeft.reading",
+    "validate": "safeft.causal",
     "verify": "safeft.freeze.verify",
 }
 

@@ -154,11 +154,16 @@ def edit(
         sites: The model's sites.
         change: Gets the activations ``(prompts, tokens, units, width)`` of a site's chosen units
             (of an expert ``(tokens, units, width)``, those routed to it), in order, and returns
-            new ones of that shape.
+            new ones of that shape; these are cast and moved to where the others are.
 
     Raises:
         SelectionError: A site or a unit that is not there.
         CaptureError: A site never ran within the context, so nothing of it was changed.
+
+    Example:
+        >>> double = lambda site, values: 2 * values
+        >>> with edit(model, {"model.layers.1.mlp": (3, 7)}, sites, double):  # doctest: +SKIP
+        ...     model(**batch.inputs)
     """
     chosen = {name: _numbers(name, units, sites) for name, units in neurons.items()}
     by_inlet = {sites[name].writes.inlet: sites[name] for name in chosen}
@@ -167,7 +172,7 @@ def edit(
         site = by_inlet[inlet]
         numbers = chosen[site.name].to(received.values.device)
         units = received.values.unflatten(-1, (site.units, site.width))
-        new = change(site.name, units.index_select(-2, numbers))
+        new = change(site.name, units.index_select(-2, numbers)).to(units)
         return units.index_copy(-2, numbers, new).flatten(-2)
 
     with tap(model, [sites[name].writes for name in chosen], act):
@@ -185,12 +190,12 @@ def silence(
 
 def _numbers(name: str, units: Tensor | tuple[int, ...], sites: Mapping[str, Site]) -> Tensor:
     if name not in sites:
-        raise SelectionError(f"There is no site {name!r} to silence; there are {list(sites)[:4]}.")
-    numbers = torch.as_tensor(units, dtype=torch.long)
+        raise SelectionError(f"There is no site {name!r} to change; there are {list(sites)[:4]}.")
+    numbers = torch.as_tensor(units, dtype=torch.long).unique()
     wrong = numbers[(numbers < 0) | (numbers >= sites[name].units)].tolist()
     if wrong:
         raise SelectionError(
-            f"{name!r} has units 0 to {sites[name].units - 1}, and cannot silence {wrong[:3]}: "
+            f"{name!r} has units 0 to {sites[name].units - 1}, and not {wrong[:3]}: "
             "they belong to another model."
         )
     return numbers

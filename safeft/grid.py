@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from safeft.errors import ArtefactError, ConfigError, PromptError
 from safeft.files import write_whole
@@ -20,7 +20,7 @@ from safeft.locators import Method, Seen, locate
 from safeft.neurons import NeuronSet
 from safeft.overlap import Overlap, overlap, pairs, shared, specific
 from safeft.progress import progress
-from safeft.prompts import Prompt, PromptLike, as_prompts
+from safeft.prompts import Prompt, PromptLike, Reader, as_prompts
 from safeft.report.plots import overlap_matrix
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Grid:
 
 def locate_grid(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     cells: Cells,
     *,
     method: Method = "contrast",

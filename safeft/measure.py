@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
@@ -98,6 +99,32 @@ def domain_loss(
             ).item()
             tokens += int(read.sum())
     return total / tokens
+
+
+def answer_loss(
+    model: PreTrainedModel, answered: Iterable[Batch], *, second_half: bool = False
+) -> float:
+    """Mean negative log-likelihood of answers given as tokens, in nats a token, each alike.
+
+    Args:
+        model: The model that scores them; it need not be the one that gave them.
+        answered: Prompts with answers, of at least one token each.
+        second_half: Read only the second half of each answer. What a model would not have begun
+            it may still go on with: this is how unlike it an answer is past its opening.
+
+    Example:
+        ``answer_loss(model, [pad([(prompt_ids, answer_ids)], 0, True, 1, model.device)])``
+    """
+    losses: list[float] = []
+    with _evaluating(model):
+        for batch in answered:
+            logits = _logits(model, batch)[:, :-1]
+            for row, read in enumerate(batch.is_response[:, 1:]):
+                each = functional.cross_entropy(
+                    logits[row][read].float(), batch.input_ids[row, 1:][read], reduction="none"
+                )
+                losses.append(each[len(each) // 2 if second_half else 0 :].mean().item())
+    return fmean(losses)
 
 
 def answers_match(answer: str, expected: str) -> bool:

@@ -37,11 +37,14 @@ __all__ = [
     "as_prompts",
     "batches",
     "check_images",
+    "collate",
+    "grouped",
     "input_device",
     "pad",
     "pad_token",
     "post_instruction_length",
     "render",
+    "row_of",
     "tokenizer_of",
 ]
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
 )
@@ -28,7 +27,7 @@ from safeft.freeze.certificate import Certificate
 from safeft.freeze.plan import make_plan
 from safeft.grid import Cells
 from safeft.neurons import NeuronSet
-from safeft.prompts import Prompt, PromptLike, as_prompts
+from safeft.prompts import Prompt, PromptLike, Reader, as_prompts
 from safeft.report.plots import before_and_after
 
 _MEASURES = {"refusal": "harmful prompts refused", "over_refusal": "benign prompts refused"}
@@ -107,7 +106,7 @@ def control(model: PreTrainedModel, neurons: NeuronSet, seed: int) -> NeuronSet:
 
 def tune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     examples: Iterable[PromptLike],
     neurons: NeuronSet | None,
     *,
@@ -199,7 +198,7 @@ class _Bar(ProgressCallback):
 
 def measure_cells(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     cells: Cells,
     **settings: Any,
 ) -> dict[str, Evaluation]:
@@ -219,7 +218,7 @@ def measure_cells(
 
 def transfer(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     neurons: NeuronSet,
     examples: Iterable[PromptLike],
     held_out: Cells,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import safeft.capture
-from safeft.capture import CaptureError, Seen, capture, silence, tap
+from safeft.capture import CaptureError, Seen, capture, edit, silence, tap
 from safeft.errors import SafeftError
 from safeft.neurons import NeuronSet
 from safeft.prompts import Batch, as_prompts, batches
@@ -98,6 +98,7 @@ def test_padding_sides_give_the_same_activations(choice: str) -> None:
         lambda model: tap(model, [DOWN], lambda _, __: None),
         lambda model: capture(model, find_sites(model)),
         lambda model: silence(model, {MLP: (1,)}, find_sites(model)),
+        lambda model: edit(model, {MLP: (1,)}, find_sites(model), lambda _, values: values + 1),
     ],
 )
 def test_hooks_are_gone_after_success_and_after_errors(
@@ -180,6 +181,41 @@ def test_silence_zeroes_only_the_given_units() -> None:
         assert not seen[name][:, :, unit].any()
         assert seen[name][:, :, rest].any()
     assert torch.equal(seen[HEADS][:, :, [0, 1, 3]], plain[HEADS][:, :, [0, 1, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_edit_is_shown_the_chosen_units_and_puts_back_what_it_is_given(
+    dtype: torch.dtype,
+) -> None:
+    model, batch = tiny_model().to(dtype), batch_of()
+    sites = find_sites(model)
+    shown: dict[str, Tensor] = {}
+
+    def change(name: str, values: Tensor) -> Tensor:
+        shown[name] = values.clone()
+        return values.double() + torch.arange(len(values[0, 0]))[:, None]  # another dtype
+
+    with torch.no_grad(), capture(model, {HEADS: sites[HEADS]}) as plain:
+        model(**batch.inputs)
+    units = {HEADS: (3, 1), MLP: torch.tensor([40, 2, 7]), "model.layers.0.mlp": ()}
+    with torch.no_grad(), edit(model, units, sites, change), capture(model, sites) as seen:
+        model(**batch.inputs)
+    assert shown[HEADS].shape == (*batch.input_ids.shape, 2, 8)
+    assert shown[MLP].shape == (*batch.input_ids.shape, 3, 1)
+    assert torch.equal(shown[HEADS], plain[HEADS][:, :, [1, 3]])  # in ascending order
+    for name, chosen in ((HEADS, [1, 3]), (MLP, [2, 7, 40])):
+        assert seen[name].dtype == dtype
+        places = torch.arange(len(chosen))[:, None]
+        assert torch.equal(seen[name][:, :, chosen], (shown[name].double() + places).to(dtype))
+    assert torch.equal(seen[HEADS][:, :, [0, 2]], plain[HEADS][:, :, [0, 2]])
+
+
+def test_an_edit_that_fails_leaves_no_hook() -> None:
+    model = tiny_model()
+    with pytest.raises(ZeroDivisionError):
+        with edit(model, {MLP: (1,)}, find_sites(model), lambda _, values: values / (1 // 0)):
+            logits(model, batch_of())
+    assert hooks_of(model) == 0
 
 
 def test_silence_takes_a_neuron_set_and_works_under_an_adapter() -> None:

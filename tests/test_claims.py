@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from safeft.capture import silence
+from safeft.causal import validate
 from safeft.generation import generate
 from safeft.locators import GroupSizes, locate, locate_groups
 from safeft.neurons import NeuronSet
@@ -242,6 +243,42 @@ def test_pruning_a_group_does_what_its_name_says() -> None:
         with silence(truth.model, neurons.indices, sites):
             assert refused(truth.model, UNSEEN_HARMFUL) == harmful
             assert refused(truth.model, UNSEEN_BENIGN) == benign
+
+
+def verdict(truth: Planted, neurons: NeuronSet, **settings: object) -> str:
+    """Of the causal check, on prompts that the set was not located with."""
+    chosen = {"random_sets": 3, "max_new_tokens": 10, **settings}
+    harmful, benign = UNSEEN_HARMFUL * 2, UNSEEN_BENIGN * 2
+    return validate(truth.model, TOKENIZER, neurons, harmful, benign, **chosen).verdict
+
+
+@pytest.mark.parametrize("method", ["contrast", "attribution", "variance", "snip"])
+@pytest.mark.parametrize("intervention", ["silence", "patch"])
+def test_what_methods_find_passes_the_causal_check(method: str, intervention: str) -> None:
+    truth = planted(2)
+    assert verdict(truth, first(truth, method), intervention=intervention) == "effect"
+
+
+def test_random_sets_do_not_pass_it() -> None:
+    truth = planted()
+    drawn = [first(truth, "random", seed=seed) for seed in range(12)]
+    passed = [verdict(truth, neurons, seed=seed) == "effect" for seed, neurons in enumerate(drawn)]
+    assert passed == [(truth.site, truth.unit) in neurons for neurons in drawn]
+
+
+def test_a_neuron_that_knows_harm_but_does_nothing_does_not_pass_it() -> None:
+    """Contrast and variance put it first; what it does to refusal is what counts."""
+    truth = planted(topic=3.0)
+    found = first(truth, "contrast")
+    assert (truth.site, truth.unit) not in found
+    assert verdict(truth, found, seed=1) == "no effect"
+
+
+def test_what_breaks_the_model_is_not_taken_for_what_carries_refusal() -> None:
+    """Unit 5 writes where nothing reads; so much of it drowns all else, and refusal with it."""
+    truth = planted(busy=30.0)
+    neurons = NeuronSet.of(truth.model, {truth.site: (5,)})
+    assert verdict(truth, neurons, intervention="scale", factor=-10.0) == "broken"
 
 
 # What methods cannot do, kept here so that nobody claims it.

@@ -23,7 +23,8 @@ from safeft.evaluation import (
     wilson,
 )
 from safeft.generation import generate
-from safeft.prompts import as_prompts, render
+from safeft.measure import answer_loss
+from safeft.prompts import as_prompts, pad, render
 from tests.models import MODEL_TYPES, tiny_model, tiny_tokenizer
 from tests.vlm import FAMILIES
 
@@ -116,6 +117,24 @@ def test_every_token_weighs_the_same_whatever_the_padding(model_type):
         tokenizer = tiny_tokenizer(padding_side=side)
         loss = domain_loss(model, tokenizer, EXAMPLES, batch_size=batch_size)
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", [True, False])
+def test_the_loss_of_answers_as_tokens_weighs_each_answer_the_same(model, tokenizer, side):
+    rows = [token_ids(tokenizer, example) for example in EXAMPLES]
+    expected = [labels_loss(model, tokenizer, example)[0] for example in EXAMPLES]
+    batch = pad(rows, 0, side, 1, "cpu")
+    assert answer_loss(model, [batch]) == pytest.approx(sum(expected) / 3, rel=1e-5)
+    # The second half alone: its first token is read after the first half.
+    ask, answer = rows[1]
+    cut = len(answer) // 2
+    labels = torch.tensor([[-100] * (len(ask) + cut) + answer[cut:]])
+    with torch.no_grad():
+        half = model(input_ids=torch.tensor([ask + answer]), labels=labels).loss.item()
+    alone = [pad(rows[1:2], 0, side, 1, "cpu")]
+    assert answer_loss(model, alone, second_half=True) == pytest.approx(half, rel=1e-5)
+    one = [pad([(ask, answer[:1])], 0, side, 1, "cpu")]
+    assert answer_loss(model, one, second_half=True) == answer_loss(model, one)
 
 
 def test_dropout_is_off_while_measuring_and_the_mode_comes_back(tokenizer):

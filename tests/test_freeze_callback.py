@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -498,6 +499,31 @@ def test_neurons_that_do_not_train_anyway_are_a_warning(
     trainer.train()
     assert callback.certificate.exact
     assert callback.certificate.run["masked_parameters"] == 0
+
+
+@pytest.mark.parametrize("mode", ["freeze", "train_only"])
+@pytest.mark.parametrize(
+    ("verdict", "level"),
+    [("effect", None), (None, "INFO"), ("no effect", "WARNING"), ("broken", "WARNING"),
+     ("unknown", "WARNING")],
+)  # fmt: skip
+def test_a_set_without_causal_effect_is_a_warning_and_in_the_certificate(
+    mode: Any, verdict: str | None, level: str | None, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    model = model_of()
+    neurons = neurons_of(model)
+    if verdict is not None:
+        neurons = replace(neurons, source={**neurons.source, "causal": {"verdict": verdict}})
+    callback = SafetyFreezeCallback(neurons, mode)
+    with caplog.at_level(logging.INFO, "safeft"):
+        trainer = trainer_of("Trainer", model, tmp_path, [callback])
+    said = [(r.levelname, r.message) for r in caplog.records if "refusal hangs" in r.message]
+    assert [what for what, _ in said] == ([] if level is None else [level])
+    assert all("`safeft validate`" in text for _, text in said)
+    assert all(repr(verdict) in text for what, text in said if what == "WARNING")
+    trainer.train()
+    assert certificate_in(tmp_path)["neurons"]["causal"] == (verdict or "never validated")
 
 
 def test_where_nothing_is_held_the_losses_are_those_of_a_plain_run(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The certificate as a value, its file, and comparison by bits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,11 @@ def test_a_set_is_described_by_hash_and_origin() -> None:
     assert about["count"] == len(neurons) == 9
     assert about["sha256"] == neurons.hash
     assert about["source"] == {"method": "given"}
+    assert about["causal"] == "never validated"
+    checked = replace(neurons, source={"causal": {"verdict": "no effect", "effect": 0.0}})
+    assert describe_set(checked)["causal"] == "no effect"
+    edited = replace(neurons, source={"causal": "yes"})
+    assert describe_set(edited)["causal"] == "never validated"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ from safeft import NeuronSet, locate
 from safeft.errors import ArtefactError, ConfigError, PromptError, SelectionError
 from safeft.grid import Grid, locate_grid
 from safeft.locators import METHODS
+from safeft.locators.scores import Moments
 from safeft.overlap import overlap
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -95,7 +96,9 @@ def test_memory_does_not_grow_with_prompts() -> None:
         sides = prompts("en", "harmful", count), prompts("en", "benign", count)
         locate(MODEL, TOKENIZER, *sides, method="contrast", seen=seen)
         kept = [each for statistics in seen.values() for each in statistics.values()]
-        sizes.append(sum(each.mean.numel() + each.variance.numel() for each in kept))
+        moments = [each for each in kept if isinstance(each, Moments)]
+        sums = sum(each.numel() for each in kept if isinstance(each, torch.Tensor))
+        sizes.append(sums + sum(each.mean.numel() + each.variance.numel() for each in moments))
     assert sizes[0] == sizes[1] > 0
 
 

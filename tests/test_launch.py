@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import safeft
-from safeft import NeuronSet, verify
+from safeft import CausalEffect, NeuronSet, verify
+from safeft.commands import main
 from safeft.demo import world
 from tests.engines import environment, free_port
 
@@ -32,11 +33,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def locate(place: Path, method: str, out: str) -> list[str]:
+def locate(place: Path, method: str, out: str, validate: bool = False) -> list[str]:
     return [
         "locate", "--model_name_or_path", str(world.MODEL_PATH), "--method", method,
         "--harmful", str(place / "harmful.txt"), "--benign", str(place / "benign.txt"),
         "--fraction", "0.1", "--batch_size", "8", "--output_dir", str(place / out),
+        "--validate", str(validate),
     ]  # fmt: skip
 
 
@@ -93,6 +95,22 @@ def test_locating_on_sharded_weights_finds_what_one_process_finds(
     assert done.returncode == 0, done.stderr[-3000:]
     two = NeuronSet.from_pretrained(place / f"{engine}-{method}")
     assert dict(alone(place, method).indices) == dict(two.indices)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_causal_check_among_processes_finds_what_one_finds(engine: str, place: Path) -> None:
+    """DDP shares the answers to be given out; sharded weights run each batch in all processes."""
+    if not (place / "checked-alone").exists():
+        assert main(locate(place, "contrast", "checked-alone", True)) == 0
+    done = launch(engine, locate(place, "contrast", f"checked-{engine}", True))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("causal check: ") == 1
+    one, two = (NeuronSet.from_pretrained(place / f"checked-{e}") for e in ("alone", engine))
+    assert dict(one.indices) == dict(two.indices)
+    found, expected = (CausalEffect.from_dict(each.source["causal"]) for each in (two, one))
+    assert found.held_out
+    assert found.effect == pytest.approx(expected.effect, abs=0.15)  # bfloat16, other batches
+    assert found.damage == pytest.approx(expected.damage, abs=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ LAYERS = (
     ("prompts",),
     ("generation", "reading"),
     ("locators", "measure"),
-    ("freeze", "evaluation"),
+    ("freeze", "evaluation", "causal"),
     ("report",),
     ("grid",),
     ("demo", "shield"),

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from safeft.causal import CausalEffect, Outcome
 from safeft.errors import ArtefactError
-from safeft.intervals import Rate
+from safeft.intervals import Interval, Rate
 from safeft.overlap import Overlap
 from safeft.report.html import write_report
-from safeft.report.plots import before_and_after, by_arm, overlap_matrix, pruned_groups
+from safeft.report.plots import (
+    before_and_after,
+    by_arm,
+    effects,
+    overlap_matrix,
+    pruned_groups,
+    refusal_by_condition,
+)
 from safeft.report.result import Comparison, Point, Run, Spread, refusal_at, table
 
 MEASURES = {
@@ -109,6 +117,28 @@ def test_page_is_self_contained_and_escaped(comparison: Comparison, tmp_path: Pa
     assert "How &lt;b&gt;?" in text
     assert "EXACT: 3 neurons" in text
     assert text.count("located 40%") >= 3
+
+
+def checked(refused: int, low: float) -> CausalEffect:
+    def outcome(count: int) -> Outcome:
+        return Outcome(Rate.of(count, 8), Rate.of(0, 8), 0.3, 0.2)
+
+    return CausalEffect(
+        "silence", None, outcome(8), outcome(refused), (outcome(8), outcome(7)),
+        1 - refused / 8, Interval(low, 1.0), True, None, {},
+    )  # fmt: skip
+
+
+def test_pictures_of_causal_checks_name_conditions_and_verdicts() -> None:
+    found = checked(0, 0.5)
+    picture = refusal_by_condition(found)
+    assert picture.startswith("<svg")
+    for text in ("intact", "located", "random 1", "random 2", "effect 1.00 [0.50, 1.00]"):
+        assert text in picture
+    assert picture == refusal_by_condition(found)  # the same file for the same result
+    rows = effects({"attribution": [found, found], "random": [checked(8, -0.1)]})
+    assert all(f">{text}<" in rows for text in ("attribution", "random", "effect", "no effect"))
+    assert ">broken<" not in rows
 
 
 def test_full_disk_leaves_no_half_page(

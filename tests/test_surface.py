@@ -16,6 +16,7 @@ from safeft.commands import VERBS
 PACKAGE = Path(safeft.__file__).parent
 
 NAMES = {
+    "CausalEffect",
     "Certificate",
     "Evaluation",
     "Judge",
@@ -27,6 +28,7 @@ NAMES = {
     "find_sites",
     "locate",
     "read_prompts",
+    "validate",
     "verify",
 }
 
@@ -58,6 +60,9 @@ def parameters(function: object) -> list[str]:
 def test_signatures_that_scripts_rely_on() -> None:
     assert parameters(safeft.locate)[:4] == ["model", "tokenizer", "harmful", "benign"]
     assert {"method", "fraction", "seed"} <= set(parameters(safeft.locate))
+    assert parameters(safeft.validate)[:5] == [*parameters(safeft.locate)[:2], "neurons",
+                                               *parameters(safeft.locate)[2:4]]  # fmt: skip
+    assert {"intervention", "factor", "random_sets"} <= set(parameters(safeft.validate))
     assert parameters(safeft.verify)[:4] == ["base", "tuned", "protected", "mode"]
     assert parameters(safeft.SafetyFreezeCallback)[:2] == ["neurons", "mode"]
     assert {"exact", "violations"} <= {f.name for f in dataclasses.fields(safeft.Certificate)}
@@ -67,7 +72,12 @@ FLAGS = {
     "locate": (
         "safeft.commands.locate",
         "LocateConfig",
-        {"model_name_or_path", "harmful", "benign", "method", "fraction", "output_dir", "groups"},
+        {"model_name_or_path", "harmful", "benign", "method", "fraction", "groups", "validate"},
+    ),
+    "validate": (
+        "safeft.commands.validate",
+        "ValidateConfig",
+        {"model_name_or_path", "neurons", "harmful", "benign", "intervention", "write"},
     ),
     "verify": ("safeft.commands.verify", "VerifyConfig", {"base", "tuned", "protected", "json"}),
     "demo": ("safeft.commands.demo", "DemoConfig", {"output_dir", "seeds", "fractions"}),

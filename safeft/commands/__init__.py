@@ -13,6 +13,7 @@ VERBS = {
     "demo": "the whole story on a small model that ships with safeft, in four minutes",
     "locate": "find the safety neurons of a chat model",
     "shield": "what languages share: locate, compare, tune only that, measure the transfer",
+    "validate": "check that refusal hangs on them, against random sets of equal size",
     "sft": "supervised fine-tuning (all of `trl sft`) with the neurons frozen",
     "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
     "verify": "compare base and tuned weights, bit by bit",

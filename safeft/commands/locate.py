@@ -1,10 +1,12 @@
 """``safeft locate``: a chat model and two prompt files in, a neuron set out.
 
-Under ``accelerate launch`` the processes share the prompts, and under FSDP or ZeRO-3 the weights.
+The set is then checked: a short causal check, on prompts kept from locating where there are enough,
+goes into the artefact. Under ``accelerate launch`` the processes share the prompts, and under FSDP
+or ZeRO-3 the weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from safeft.commands.loading import join_processes, load_model, read_template, shard
@@ -57,12 +59,23 @@ class LocateConfig:
     sites: Literal["mlp", "attention", "all"] = field(
         default="mlp", metadata={"help": "MLP hidden units, attention heads, or both."}
     )
+    towers: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={"help": "Of a model that sees images: text, vision, projector."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of `random`."})
     batch_size: int = field(default=16, metadata={"help": "Prompts per forward pass."})
     max_length: int = field(default=1024, metadata={"help": "Tokens per prompt."})
     limit: int | None = field(default=None, metadata={"help": "Use the first N prompts a side."})
     openings: list[str] | None = field(
         default=None, metadata={"help": "How the model starts a refusal (attribution)."}
+    )
+    validate: bool = field(
+        default=True,
+        metadata={
+            "help": "Check the set by silencing it, against random sets; a quarter of the prompts "
+            "(8 to 32 a side) is kept from locating for this, where there are 32 or more."
+        },
     )
     chat_template_path: str | None = field(
         default=None, metadata={"help": "Jinja template, where the tokenizer has none."}
@@ -75,9 +88,10 @@ class LocateConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read, load, locate, save."""
+    """Read, load, locate, check, save."""
     (config,) = parse([LocateConfig], arguments, "locate", LocateConfig.__doc__ or "")
     assert isinstance(config, LocateConfig)
+    from safeft.causal import parted
     from safeft.locators import Selection, locate
     from safeft.processes import leave, rank, together
     from safeft.reading import read_prompts
@@ -92,6 +106,9 @@ def main(arguments: Sequence[str]) -> int:
     sizes = group_sizes(config)
     harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
     benign = read_prompts(config.benign, config.benign_column)[: config.limit]
+    sides = parted(harmful, benign)
+    if config.validate and sizes is None:
+        harmful, benign = sides.locating
     template = read_template(config.chat_template_path)
     join_processes()
     model, tokenizer = load_model(
@@ -100,6 +117,13 @@ def main(arguments: Sequence[str]) -> int:
     shard(model)
     if sizes is not None:
         return _locate_groups(config, sizes, model, tokenizer, harmful, benign, template)
+    batching: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "chat_template": template,
+        "share": True,
+    }
+    towers: Any = config.towers  # checked there
     neurons = locate(
         model,
         tokenizer,
@@ -110,14 +134,15 @@ def main(arguments: Sequence[str]) -> int:
         utility_fraction=config.utility_fraction,
         fill=config.fill,
         sites=config.sites,
+        towers=towers,
         seed=config.seed,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
         openings=config.openings,
-        chat_template=template,
-        share=True,
+        **batching,
         **amount,
     )
+    said = "causal check: left out (--validate false); `safeft validate --write` makes up for it"
+    if config.validate:
+        neurons, said = _checked(neurons, model, tokenizer, sides, batching)
     first = rank() == 0
     together(lambda: neurons.save_pretrained(config.output_dir) if first else None)
     leave()
@@ -128,6 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, units in neurons.indices.items():
         share = len(units) / neurons.model.units[name]
         print(f"  {name:<32} {len(units):>6}  {share:>6.1%}  {'#' * round(40 * share)}")
+    print(said)
     return 0
 
 
@@ -201,3 +227,18 @@ def _locate_groups(
         count = len(getattr(groups, name))
         print(f"  {name:<4} {count:>8}  {count / total:>6.1%}  {'#' * round(40 * count / total)}")
     return 0
+
+
+def _checked(
+    neurons: Any, model: Any, tokenizer: Any, sides: Any, batching: dict[str, Any]
+) -> tuple[Any, str]:
+    """The set with the short check's result in it, and what to say of it."""
+    from safeft.causal import SHORT, validate, with_effect
+    from safeft.errors import SelectionError
+
+    try:
+        effect = validate(model, tokenizer, neurons, *sides.checking, **SHORT, **batching)
+    except SelectionError as error:  # The set is good for freezing, only too large to be checked.
+        return neurons, f"causal check: not possible. {error}"
+    effect = replace(effect, held_out=sides.held_out)
+    return with_effect(neurons, effect), effect.summary()

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from safeft.errors import FreezeError, SafeftError
 from safeft.files import sha256
 from safeft.freeze.adapters import check_adapters, check_fresh
-from safeft.freeze.certificate import Certificate
+from safeft.freeze.certificate import Certificate, causal_verdict
 from safeft.freeze.certifier import Certifier, demand_exact
 from safeft.freeze.engines import (
     DDPWatch,
@@ -151,6 +151,8 @@ class SafetyFreezeCallback(TrainerCallback):
                 "there is nothing to mask.",
                 len(self.neurons),
             )
+        if rank() == 0:
+            _say_whether_validated(self.neurons)
         for _, parameter in self.plan.still:
             parameter.requires_grad_(False)
         paths = {id(parameter): path for path, parameter in _by_path(model).items()}
@@ -356,6 +358,21 @@ class SafetyFreezeCallback(TrainerCallback):
             "held_whole": [name for name, _ in self.plan.still],
             "slices_restored_on_resume": self._restored,
         }
+
+
+def _say_whether_validated(neurons: NeuronSet) -> None:
+    """Holding neurons on which refusal does not hang is exact, and keeps nothing."""
+    verdict = causal_verdict(neurons)
+    if verdict == "never validated":
+        logger.info("That refusal hangs on these neurons was never checked: `safeft validate`.")
+    elif verdict != "effect":
+        logger.warning(
+            "The causal check of this set says %r: nothing shows that refusal hangs on its %d "
+            "neurons more than on as many random ones. Training goes on as asked; to keep "
+            "refusals, locate by another method, or check on more prompts: `safeft validate`.",
+            verdict,
+            len(neurons),
+        )
 
 
 def _by_path(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -108,8 +108,20 @@ def describe_set(neurons: NeuronSet) -> dict[str, Any]:
         "count": len(neurons),
         "sha256": neurons.hash,
         "source": dict(neurons.source),
+        "causal": causal_verdict(neurons),
         "base_model": neurons.model.name_or_path,
     }
+
+
+def causal_verdict(neurons: NeuronSet) -> str:
+    """What the set itself says of its effect on refusal, or ``never validated``.
+
+    Example:
+        >>> causal_verdict(NeuronSet.from_pretrained("safety_neurons"))  # doctest: +SKIP
+        'effect'
+    """
+    known = neurons.source.get("causal")
+    return str(known.get("verdict")) if isinstance(known, Mapping) else "never validated"
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -38,7 +39,7 @@ from safeft.prompts import (
     input_device,
 )
 from safeft.shards import is_split
-from safeft.sites import Kind, Site, find_sites
+from safeft.sites import TOWER_NAMES, Kind, Site, TowerName, find_sites
 
 __all__ = [
     "METHODS",
@@ -61,6 +62,8 @@ __all__ = [
     "score",
     "select",
 ]
+
+logger = logging.getLogger(__name__)
 
 Method: TypeAlias = Literal["contrast", "variance", "attribution", "snip", "wanda", "random"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -96,6 +99,7 @@ def locate(
     utility_fraction: float | None = None,
     fill: bool = True,
     sites: Where = "mlp",
+    towers: Sequence[TowerName] = ("text",),
     seed: int = 0,
     batch_size: int = 16,
     max_length: int = 1024,
@@ -119,6 +123,8 @@ def locate(
         utility_fraction: See :class:`Selection`.
         fill: See :class:`Selection`.
         sites: MLP hidden units, attention heads, or both.
+        towers: Of a model with several: ``text``, ``vision``, ``projector``. What images go through
+            is read whole, since their parts are no prompt's tokens.
         seed: Of ``random``.
         batch_size: Prompts per forward pass.
         max_length: Tokens per prompt; longer ones lose their beginning.
@@ -137,7 +143,8 @@ def locate(
 
     Raises:
         PromptError: Prompts missing on one side, or no chat template.
-        ConfigError: No such method or sites, or ``seen`` with ``attribution``.
+        ConfigError: No such method, sites or towers; or ``attribution`` with ``seen``, or for
+            another tower than text.
         SelectionError: A fraction of 0, above 1, and the like.
         UnsupportedModelError: A model type without a site rule.
 
@@ -151,17 +158,22 @@ def locate(
     selection = Selection(
         fraction, count, threshold, scope or _SCOPES.get(method, "layer"), utility_fraction, fill
     )
-    _check_choice("sites", sites, tuple(_KINDS))
     if seen is not None and method == "attribution":
         raise ConfigError(
             "method='attribution' reads each pair of sides at openings of its own, so nothing seen "
             "before can stand for it. Leave `seen` out."
         )
-    found = find_sites(model, _KINDS[sites])
+    found = _sites(model, sites, towers)
+    if method == "attribution" and set(towers) != {"text"}:
+        raise ConfigError(
+            f"method='attribution' reads the tokens after the instruction, which {list(towers)} "
+            "do not all have. Use another method, or towers=('text',)."
+        )
     check_size(found, selection)
     sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
     _check_sides(sides)
-    settings: dict[str, Any] = {"sites": sites, "seed": seed, **asdict(selection)}
+    settings: dict[str, Any] = {"sites": sites, "towers": list(towers), "seed": seed}
+    settings |= asdict(selection)
     with _evaluating(model):
         batching: dict[str, Any] = {
             "batch_size": batch_size,
@@ -184,6 +196,7 @@ def locate(
     source = {
         "method": method,
         **settings,
+        **_unscored(scores),
         "calibration": _calibration(sides),
     }
     return NeuronSet.of(model, indices, source)
@@ -191,7 +204,7 @@ def locate(
 
 def locate_groups(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     harmful: Iterable[PromptLike],
     benign: Iterable[PromptLike],
     *,
@@ -214,8 +227,7 @@ def locate_groups(
         >>> groups = locate_groups(model, tokenizer, harmful, benign)  # doctest: +SKIP
         >>> SafetyFreezeCallback(groups.resolve("scu+cu:6%"))  # doctest: +SKIP
     """
-    _check_choice("sites", sites, tuple(_KINDS))
-    found = find_sites(model, _KINDS[sites])
+    found = _sites(model, sites, ("text",))
     check_sizes(found, sizes or GroupSizes())
     sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
     _check_sides(sides)
@@ -230,8 +242,10 @@ def locate_groups(
             chat_template=chat_template,
             share=share and not any(is_split(p) for p in model.parameters()),
         )
+    found = {name: site for name, site in found.items() if name not in scores.unscored}
     grouping = group(scores, found, sizes)
-    source = {"method": "variance", "sites": sites, "calibration": _calibration(sides)}
+    source = {"method": "variance", "sites": sites, **_unscored(scores)}
+    source["calibration"] = _calibration(sides)
     return UnitGroups.of(model, from_first(grouping) if share else grouping, source)
 
 
@@ -285,6 +299,31 @@ def score(
             seen.setdefault(place, Statistics(mine))
         fitter.statistics = merged([fitter.statistics, *known])
     return fitter.scores()
+
+
+def _sites(model: PreTrainedModel, kind: Where, towers: Sequence[TowerName]) -> dict[str, Site]:
+    _check_choice("sites", kind, tuple(_KINDS))
+    for tower in towers:
+        _check_choice("towers", tower, TOWER_NAMES)
+    found = find_sites(model, _KINDS[kind])
+    if missing := set(towers) - {site.tower for site in found.values()}:
+        raise ConfigError(
+            f"towers={list(towers)}: this {model.config.model_type!r} model has no units of "
+            f"kind {kind!r} in {sorted(missing)}. `safeft sites MODEL` shows what it has."
+        )
+    return {name: site for name, site in found.items() if site.tower in towers}
+
+
+def _unscored(scores: Scores) -> dict[str, Any]:
+    """Said of a set, and aloud: what could not be judged is not the same as unimportant."""
+    if not scores.unscored:
+        return {}
+    logger.warning(
+        "%d experts got no token of these prompts, so nothing is known of their units and none was "
+        "selected: %s%s. Give more prompts, or more kinds of them.",
+        len(scores.unscored), ", ".join(scores.unscored[:3]), ", ..." * (len(scores.unscored) > 3),
+    )  # fmt: skip
+    return {"unscored": list(scores.unscored)}
 
 
 def _fitter(method: Method, model: PreTrainedModel, sites: Mapping[str, Site], seed: int) -> Fitter:

@@ -6,6 +6,7 @@ from io import StringIO
 from statistics import fmean
 from typing import Any
 
+from safeft.causal.effect import CausalEffect
 from safeft.intervals import Rate
 from safeft.overlap import Overlap
 from safeft.report.result import Comparison, Point, Spread
@@ -261,4 +262,61 @@ def by_arm(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         axes.set_xlabel(measure)
     axes_of[0].set_yticks(range(len(arms)), arms)
     axes_of[0].invert_yaxis()
+    return _svg(figure)
+
+
+def refusal_by_condition(effect: CausalEffect) -> str:
+    """Prompts refused by the intact model, with the set weakened, and with each random set."""
+    conditions = {"intact": effect.intact, "located": effect.located} | {
+        f"random {number}": outcome for number, outcome in enumerate(effect.random, 1)
+    }
+    figure, axes = _figure(6.4, 1.5 + 0.26 * len(conditions))
+    for row, (name, outcome) in enumerate(conditions.items()):
+        shade = colour(0 if name.startswith("random") else 2 if name == "located" else 6)
+        for rate, filled in ((outcome.refusal, True), (outcome.over_refusal, False)):
+            ends = [[max(0.0, rate.value - rate.low)], [max(0.0, rate.high - rate.value)]]
+            axes.errorbar(
+                rate.value, row, xerr=ends, color=shade, marker="o", markersize=5, linewidth=1.2,
+                markerfacecolor=shade if filled else "white", alpha=1.0 if filled else 0.6,
+            )  # fmt: skip
+    axes.set_yticks(range(len(conditions)), list(conditions))
+    axes.invert_yaxis()
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_xlabel("prompts refused: harmful (full), benign (hollow); 95% intervals")
+    axes.set_title(
+        f"{effect.intervention}: effect {effect.effect:.2f} [{effect.interval.low:.2f}, "
+        f"{effect.interval.high:.2f}], damage {effect.damage:+.2f}, oddness {effect.oddness:+.2f} "
+        f"nats a token: {effect.verdict}",
+        fontsize=8,
+        loc="left",
+    )
+    return _svg(figure)
+
+
+_OF_VERDICT = {"effect": 2, "no effect": 0, "broken": 5, "unknown": 1}
+
+
+def effects(found: Mapping[str, Sequence[CausalEffect]]) -> str:
+    """Effects on refusal with their intervals, a row a label, coloured by verdict."""
+    figure, axes = _figure(6.4, 1.2 + 0.3 * len(found))
+    for row, checks in enumerate(found.values()):
+        for number, check in enumerate(checks):
+            height = row + 0.5 * ((number + 0.5) / len(checks) - 0.5)
+            axes.plot(
+                [check.interval.low, check.interval.high],
+                [height, height],
+                color=colour(_OF_VERDICT[check.verdict]),
+                linewidth=0.9,
+            )
+            axes.plot(
+                check.effect, height, color=colour(_OF_VERDICT[check.verdict]), marker="o", ms=2.5
+            )
+    for verdict, shade in _OF_VERDICT.items():
+        if any(check.verdict == verdict for checks in found.values() for check in checks):
+            axes.plot([], [], color=colour(shade), marker="o", ms=4, label=verdict)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("effect: fall in refusal beyond that of random sets; 95% intervals")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     return _svg(figure)
