@@ -204,5 +204,5 @@ def take(weight: Tensor, axis: Axis, entries: Tensor) -> Tensor:
     lines = Block((0, 0, 0), form).lines(axis, entries.to(weight.device), form)
     if len(lines) != len(entries):
         raise IndexError(f"{axis} {entries.tolist()} of a weight of shape {tuple(weight.shape)}")
-    picked = lines.lie_down(lines.get(weight.detach().reshape(form))).contiguous()
+    picked = lines.lie_down(lines.get(weight.detach().reshape(form).contiguous())).contiguous()
     return picked[:, 0] if len(weight.shape) == 1 or axis == "numbers" else picked

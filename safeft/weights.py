@@ -48,7 +48,7 @@ class ModelWeights:
     def __init__(self, model: nn.Module) -> None:
         self._model = plain_model(model)
 
-    def _find(self, name: str) -> Tensor | None:
+    def _stored(self, name: str) -> tuple[nn.Module, Tensor] | None:
         path, _, leaf = name.rpartition(".")
         try:
             module = dense(self._model.get_submodule(path))
@@ -57,20 +57,21 @@ class ModelWeights:
         found = getattr(module, leaf, None)
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if isinstance(found, Tensor) and found.is_meta and offloaded is not None:
-            return offloaded[leaf]  # accelerate keeps it on the CPU or on disk between uses
-        if leaf == "weight" and is_quantised(module) and not module.weight.is_meta:
-            from peft.utils.integrations import dequantize_module_weight
-
-            return dequantize_module_weight(module)
-        return found if isinstance(found, Tensor) else None
+            found = offloaded[leaf]  # accelerate keeps it on the CPU or on disk between uses
+        return (module, found) if isinstance(found, Tensor) else None
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """See :class:`Weights`."""
-        found = self._find(name)
-        return None if found is None else shape_of(found)
+        found = self._stored(name)
+        if found is None:
+            return None
+        module, weight = found
+        if isinstance(module, nn.Linear) and _is_code(module, weight):
+            return module.out_features, module.in_features
+        return shape_of(weight)
 
     def read(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
-        """See :class:`Weights`."""
+        """See :class:`Weights`. Of quantised layers what their codes stand for."""
         found = self._required(name)
         _check_bounds(name, shape_of(found), axis, entries)
         return read(found, axis, entries).cpu()
@@ -81,14 +82,23 @@ class ModelWeights:
         return read(self._required(name), axis, entries)
 
     def _required(self, name: str) -> Tensor:
-        found = self._find(name)
+        found = self._stored(name)
         if found is None:
             raise ArtefactError(f"The model has no weight {name!r}; it is not the model expected.")
-        return found
+        module, weight = found
+        if not _is_code(module, weight):
+            return weight
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(module)
 
     def names(self) -> list[str]:
         """See :class:`Weights`."""
         return sorted(plain_name(name) for name, _ in self._model.named_parameters())
+
+
+def _is_code(module: nn.Module, weight: Tensor) -> bool:
+    return weight is getattr(module, "weight", None) and is_quantised(module)
 
 
 class CheckpointWeights:

@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import safeft.weights
-from safeft import verify
+from safeft import NeuronSet, find_sites, verify
+from safeft.blocks import take
 from safeft.errors import ArtefactError, FingerprintError
-from tests.freezing import LARGE, frozen_entries, model_of, neurons_of
+from safeft.freeze.adapters import adapter_layers
+from safeft.freeze.merged import MergedWeights
+from safeft.freeze.verify import model_of_shapes
+from safeft.weights import ModelWeights
+from tests.families import FAMILIES
+from tests.freezing import LARGE, frozen_entries, model_of, neurons_of, state_of
+from tests.layouts import chosen_of, lora_on, masks_of, truths_of
 from tests.models import MODEL_TYPES, tiny_model
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -356,3 +364,58 @@ class Opened:
                 return getattr(found, name)
 
         return Proxy()
+
+
+SAVED_OTHERWISE = ["mixtral", "gpt_oss", "llama4_text", "gpt2", "gpt_neox", "llava", "qwen2_vl"]
+"""Experts saved one by one or stacked, transposed matrices, towers saved under older names."""
+
+
+@pytest.mark.parametrize("name", SAVED_OTHERWISE)
+def test_models_of_other_layouts_verify_and_a_changed_one_does_not(
+    name: str, tmp_path: Path
+) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    model, chosen = family.build(), chosen_of(family)
+    model.save_pretrained(tmp_path / "base")
+    neurons = NeuronSet.of(model, chosen)
+    masks = masks_of(model, family, chosen)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            mask = masks.get(parameter_name, torch.zeros_like(parameter, dtype=torch.bool))
+            parameter.add_((~mask) * 0.5)
+    model.save_pretrained(tmp_path / "tuned")
+    assert verify(tmp_path / "base", tmp_path / "tuned", neurons).exact
+    site = next(iter(chosen))
+    held = truths_of(family)[site].held[0]
+    with torch.no_grad():
+        model.get_parameter(held.parameter)[held.index(chosen[site][0])] += 1
+    model.save_pretrained(tmp_path / "broken")
+    found = verify(tmp_path / "base", tmp_path / "broken", neurons)
+    assert not found.exact
+    assert {violation.neuron for violation in found.violations} == {f"{site}#{chosen[site][0]}"}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "gpt2", "phi3"])
+def test_adapters_on_other_layouts_are_read_as_peft_merges_them(name: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    base = family.build()
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(family.build(), lora_on(base, family))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for parameter_name, parameter in adapted.named_parameters():
+            if ".lora_B." in parameter_name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = state_of(adapted)
+    hollow = model_of_shapes(tmp_path / "base")
+    with MergedWeights(ModelWeights(base), tmp_path / "adapter", hollow) as weights:
+        for site in find_sites(base).values():
+            for part in site.parts:
+                entries = part.entries(torch.arange(site.units))
+                found = weights.read(part.name, part.axis, entries)
+                expected = take(merged[part.name], part.axis, entries)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+                plain = take(base.get_parameter(part.name), part.axis, entries)
+                targeted = part.name in {n for n, _ in adapter_layers(adapted)}
+                assert torch.equal(found, plain) != targeted, part.name

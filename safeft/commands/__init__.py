@@ -11,6 +11,7 @@ from importlib import import_module
 
 VERBS = {
     "demo": "the whole story on a small model that ships with safeft, in four minutes",
+    "sites": "what of a model can be named: towers, layers, units",
     "locate": "find the safety neurons of a chat model",
     "shield": "what languages share: locate, compare, tune only that, measure the transfer",
     "validate": "check that refusal hangs on them, against random sets of equal size",

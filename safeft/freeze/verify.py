@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from safeft.blocks import count_of, form_of
 from safeft.errors import ArtefactError, FingerprintError
@@ -25,7 +25,7 @@ from safeft.freeze.merged import MergedWeights
 from safeft.freeze.plan import Group, Mode, Plan, Slice, make_plan
 from safeft.neurons import NeuronSet, moved_error
 from safeft.progress import progress
-from safeft.sites import Site, find_sites, plain_model
+from safeft.sites import Site, check_type, find_sites, plain_model
 from safeft.weights import (
     CheckpointWeights,
     DistributedCheckpointWeights,
@@ -166,7 +166,7 @@ def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Modul
         with torch.device("meta"):
             return type(plain)(config), ModelWeights(plain)
     folder = _folder(base)
-    shape_model = _shape_model(folder)
+    shape_model = model_of_shapes(folder)
     return shape_model, _open_checkpoint(folder, shape_model, files)
 
 
@@ -227,7 +227,13 @@ def _folder(place: str | Path) -> Path:
         ) from error
 
 
-def _shape_model(folder: Path) -> nn.Module:
+def model_of_shapes(folder: str | Path) -> nn.Module:
+    """The model of a folder or hub name on the meta device: names and shapes, no weights.
+
+    Raises:
+        ArtefactError: There is no config that transformers can read.
+        UnsupportedModelError: It is of a type whose units cannot be named.
+    """
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -235,10 +241,12 @@ def _shape_model(folder: Path) -> nn.Module:
             f"{str(folder)!r} has no readable config.json, so its layout is unknown "
             f"({str(error).splitlines()[0]}). Give the folder of a saved model."
         ) from error
-    named = (config.architectures or [""])[0]
-    cls = getattr(transformers, named, None)
+    check_type(config.model_type)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)
+    fitting = next(kind for kind in kinds if type(config) in kind._model_mapping)
     with torch.device("meta"):
-        return cls(config) if cls is not None else AutoModelForCausalLM.from_config(config)
+        return named(config) if named is not None else fitting.from_config(config)
 
 
 def _check_base(neurons: NeuronSet, sites: Mapping[str, Site], before: Weights, where: str) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "TowerName",
     "bare",
     "blocks_of",
+    "check_type",
     "dense",
     "find_sites",
     "in_blocks",
@@ -79,11 +80,8 @@ def find_sites(model: nn.Module, kinds: tuple[Kind, ...] = ("mlp", "attention"))
         if "attention" in kinds:
             sites += attention_of(where, tower, config)
     if not sites:
-        model_type = _type_of(model)
-        if model_type not in TOWERS and model_type not in WHOLES:
-            raise _unknown(model_type)
         raise UnsupportedModelError(
-            f"No block with such units was found in {type(model).__name__} ({model_type}). Load it "
+            f"No block with such units was found in {type(model).__name__}. Load it "
             "with a task class such as AutoModelForCausalLM."
         )
     if "mlp" in kinds and _type_of(model) in WHOLES:
@@ -113,9 +111,16 @@ def _type_of(module: nn.Module) -> str:
     return str(getattr(getattr(module, "config", None), "model_type", type(module).__name__))
 
 
-def _unknown(model_type: str) -> UnsupportedModelError:
+def check_type(model_type: str) -> None:
+    """Refuse a model whose layout nobody has proven, by its config's ``model_type``.
+
+    Raises:
+        UnsupportedModelError: It is in neither table.
+    """
+    if model_type in TOWERS or model_type in WHOLES:
+        return
     known = ", ".join(sorted({*TOWERS, *WHOLES}))
-    return UnsupportedModelError(
+    raise UnsupportedModelError(
         f"There is no site rule for model type {model_type!r}, so its neurons cannot be named; "
         f"guessing would freeze the wrong weights. Supported: {known}. A new one is an entry in "
         "safeft/sites.py and its proof in tests/families.py."
@@ -124,8 +129,7 @@ def _unknown(model_type: str) -> UnsupportedModelError:
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module, str, Any]]:
     """Blocks with the type and the config of the tower they stand in."""
-    if _type_of(model) not in TOWERS and _type_of(model) not in WHOLES:
-        raise _unknown(_type_of(model))
+    check_type(_type_of(model))
     configs: dict[str, Any] = {}
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
@@ -138,8 +142,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module, str, Any]]:
         while owner not in configs:
             owner = owner.rpartition(".")[0]
         model_type = str(configs[owner].model_type)
-        if model_type not in TOWERS:
-            raise _unknown(model_type)
+        check_type(model_type)
         yield path, int(match.group(1)), module, model_type, configs[owner]
 
 
