@@ -19,7 +19,7 @@ def test_towers_layers_and_what_belongs_to_no_unit(tmp_path: Path, capsys) -> No
     assert main(["sites", "--model_name_or_path", folder_of("qwen3_vl_moe", tmp_path)]) == 0
     shown = capsys.readouterr().out
     for words in (
-        "text       mlp            8 x      24 units  model.language_model.layers.N.mlp.experts.N",
+        "text       mlp            4 x      24 units  model.language_model.layers.N.mlp.experts.N",
         "reads gate_up_proj[rows], writes down_proj[columns]",
         "vision     attention      2 x       3 units",
         "projector  mlp            1 x      96 units  model.visual.merger",
