@@ -93,6 +93,7 @@ def test_locate_writes_the_groups_and_says_how_large_they_are(
         ({"method": "contrast"}, ["method='contrast' gives no groups", "--method variance"]),
         ({"method": "attribution"}, ["method='attribution' gives no groups"]),
         ({"fraction": "0.1"}, ["{'fraction': 0.1} is the size of one set", "`scu`, `ucu`"]),
+        ({"utility_fraction": "0.1"}, ["{'utility_fraction': 0.1}"]),
         ({"groups": None, "ucu": None, "ru": None}, ["{'scu': 0.05}", "--groups"]),
         ({"scu": "0"}, ["scu=0.0 is no share", "0.013"]),
         ({"ru": "0.9"}, ["leave no unit", "less than 1"]),

@@ -181,8 +181,8 @@ def group_sizes(config: LocateConfig) -> Any:
             "unit on harmful and on ordinary prompts, which only `variance` measures in one unit. "
             "Use `--method variance --groups`."
         )
-    amount = {"fraction": config.fraction, "count": config.count, "threshold": config.threshold}
-    extra = {name: value for name, value in amount.items() if value is not None}
+    names = ("fraction", "count", "threshold", "utility_fraction")
+    extra = {name: value for name in names if (value := getattr(config, name)) is not None}
     if extra:
         raise ConfigError(
             f"{extra} is the size of one set, and `groups` divides all units, so it would be "
