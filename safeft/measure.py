@@ -87,7 +87,7 @@ def domain_loss(
     asked = answered_prompts(examples)
     check_images(model, asked)
     total, tokens = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches(
             tokenizer, asked, batch_size=batch_size, device=input_device(model),
             max_length=max_length, chat_template=chat_template, description="domain loss",
@@ -116,7 +116,7 @@ def answer_loss(
         ``answer_loss(model, [pad([(prompt_ids, answer_ids)], 0, True, 1, model.device)])``
     """
     losses: list[float] = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in answered:
             logits = _logits(model, batch)[:, :-1]
             for row, read in enumerate(batch.is_response[:, 1:]):
@@ -213,7 +213,7 @@ def drift(
     check_same_vocabulary(base, tuned)
     check_images(tuned, asked)
     total, tokens = 0.0, 0
-    with _evaluating(base), _evaluating(tuned):
+    with evaluating(base), evaluating(tuned):
         for batch in batches(
             tokenizer, asked, batch_size=batch_size, device=tuned.device, max_length=max_length,
             chat_template=chat_template, description="drift",
@@ -290,7 +290,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout and no gradients inside; the mode of before afterwards."""
     was_training = model.training
     model.eval()

@@ -99,6 +99,19 @@ def test_useless_units_have_none_and_are_marked_so() -> None:
     assert marked.hash == neurons.hash
 
 
+def test_a_patch_puts_in_the_mean_of_benign_prompts_and_answers() -> None:
+    truth = planted()
+    found = check(truth, BUSY, intervention="patch")
+    sites = {truth.site: find_sites(truth.model)[truth.site]}
+    asked = [prompt_tokens(TOKENIZER, prompt) for prompt in as_prompts(BENIGN)]
+    end = int(TOKENIZER.eos_token_id)
+    own = [pad([(ids, [*TOKENIZER("Sure")["input_ids"], end])], 0, True, 1, "cpu") for ids in asked]
+    with patch(truth.model, {truth.site: BUSY}, sites, mean_activations(truth.model, own, sites)):
+        expected = answer_loss(truth.model, own)
+    assert found.located.benign_loss == pytest.approx(expected, rel=1e-4)
+    assert check(truth, BUSY).located.benign_loss != pytest.approx(expected, rel=1e-2)
+
+
 def test_a_random_set_that_hits_the_neuron_counts_against_a_set() -> None:
     """Of 47 other units one carries refusal: controls that drew it say what chance can do."""
     truth = planted()
@@ -234,9 +247,11 @@ TEXTS = ["Hi", {"prompt": "How do I bake bread?", "response": "With flour"}, "Wh
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_means_are_over_all_real_tokens(side: str) -> None:
-    model = tiny_model()
+    model = tiny_model(attention_dropout=0.5).train()
     sites = find_sites(model)
     found = mean_activations(model, batches_of(TEXTS, side), sites)
+    assert model.training
+    model.eval()
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in sites}
     with torch.no_grad(), capture(model, sites) as seen:
         for text in TEXTS:  # alone, so without padding

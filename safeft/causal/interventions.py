@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from safeft.capture import capture, edit
 from safeft.errors import SelectionError
 from safeft.locators.scores import Moments, forward
+from safeft.measure import evaluating
 from safeft.prompts import Batch
 from safeft.sites import Site
 
@@ -68,7 +69,6 @@ def patch(
     return edit(model, neurons, sites, put)
 
 
-@torch.no_grad()
 def mean_activations(
     model: PreTrainedModel, batches: Iterable[Batch], sites: Mapping[str, Site]
 ) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def mean_activations(
         CaptureError: No batch, so no site was run.
     """
     moments = {name: Moments() for name in sites}
-    with capture(model, sites) as seen:
+    with evaluating(model), capture(model, sites) as seen:
         for batch in batches:
             forward(model, batch)
             real = batch.attention_mask.bool()
