@@ -162,8 +162,9 @@ def _filled(
     messages: list[Mapping[str, Any]], images: list[Any], number: int
 ) -> list[Mapping[str, Any]]:
     """The messages with each image in its place."""
-    places = [part for m in messages for part in parts_of(m["content"]) if _is_open(part)]
-    if images and not places:
+    parts = [part for message in messages for part in parts_of(message["content"])]
+    places = [part for part in parts if _is_open(part)]
+    if images and not any(part.get("type") == "image" for part in parts):
         first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
         asked = messages[first]
         text = [part for part in parts_of(asked["content"]) if part.get("text") != ""]

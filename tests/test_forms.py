@@ -90,6 +90,7 @@ def test_forms_of_prompts(item: Any, messages: tuple, response: str | None) -> N
         ({"prompt": [PLACE, PLACE], "images": ["a.png"]}, "Prompt 1 has 1 images for 2 image"),
         ({"prompt": "Hi", "image": "nowhere.png"}, "Prompt 1 names the image 'nowhere.png', and"),
         ({"prompt": "Hi", "image": "http://a.b/c.png"}, "there is no such file.*no(t made|t) here"),
+        ({"prompt": list(said(RED, "Hi")), "image": RED}, "Prompt 1 has 1 images for 0 image"),
         ([URL], "names the image 'http://a.b/c.png', and there is no such file"),
         ({"prompt": "Hi", "image": 3}, "Prompt 1 has a int for an image; give a Pillow image"),
         ({"prompt": "", "image": None}, "Prompt 1 is empty"),

@@ -123,14 +123,22 @@ def _check_letters(text: str, path: Path) -> None:
     if not text.strip():
         raise PromptError("There is no text to draw. Give some, or use `shapes` or `noise`.")
     font = _font(path, 16)
-    box = bytes(font.getmask(_NO_CHARACTER))
+    box = _drawn(_NO_CHARACTER, font)
     letters = dict.fromkeys(c for c in text if not c.isspace())
-    missing = [letter for letter in letters if bytes(font.getmask(letter)) == box]
+    missing = [letter for letter in letters if _drawn(letter, font) == box]
     if missing:
         raise PromptError(
             f"The font {path.name!r} has no {missing[:5]}, and would draw boxes for them: nobody "
             "could read them. Give a font file that has these letters (`font`)."
         )
+
+
+def _drawn(letter: str, font: "FreeTypeFont") -> bytes:
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("L", (32, 32))
+    ImageDraw.Draw(picture).text((4, 4), letter, 255, font)
+    return picture.tobytes()
 
 
 def _lines(text: str, font: "FreeTypeFont", size: tuple[int, int]) -> str | None:
