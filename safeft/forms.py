@@ -162,8 +162,9 @@ def _filled(
     messages: list[Mapping[str, Any]], images: list[Any], number: int
 ) -> list[Mapping[str, Any]]:
     """The messages with each image in its place."""
-    places = [part for m in messages for part in parts_of(m["content"]) if _is_open(part)]
-    if images and not places:
+    parts = [part for message in messages for part in parts_of(message["content"])]
+    places = [part for part in parts if _is_open(part)]
+    if images and not any(part.get("type") == "image" for part in parts):
         first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
         asked = messages[first]
         text = [part for part in parts_of(asked["content"]) if part.get("text") != ""]
@@ -176,19 +177,24 @@ def _filled(
         )
     waiting = iter(images)
 
-    def part_with_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    def filled(part: Mapping[str, Any]) -> Mapping[str, Any]:
         if part.get("type") != "image":
             return {"type": "text", "text": part["text"]}
-        given = next(waiting) if _is_open(part) else part.get("image", part.get("path"))
-        return {"type": "image", "image": check_picture(given, f"Prompt {number}")}
+        image = next(waiting) if _is_open(part) else _image_of(part)
+        return {"type": "image", "image": check_picture(image, f"Prompt {number}")}
 
     return [
         m
         if isinstance(m["content"], str)
-        else {**m, "content": [part_with_image(part) for part in m["content"]]}
+        else {**m, "content": [filled(part) for part in m["content"]]}
         for m in messages
     ]
 
 
 def _is_open(part: Mapping[str, Any]) -> bool:
-    return part.get("type") == "image" and set(part) <= {"type", "text", "index"}
+    return part.get("type") == "image" and _image_of(part) is None
+
+
+def _image_of(part: Mapping[str, Any]) -> Any:
+    """Data sets fill what a part does not have with ``None``."""
+    return next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from safeft.commands import main
 from safeft.commands.loading import load_model
 from safeft.demo.pictures import shapes
 from safeft.errors import ConfigError
@@ -92,3 +93,38 @@ def test_a_model_without_its_processor_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken" / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match="broken' cannot be loaded: "):
         load_model(str(tmp_path / "broken"))
+
+
+def test_evaluate_reads_a_column_of_images(tmp_path: Path, capsys: Any) -> None:
+    folder = saved(*tiny_llava(), tmp_path / "seeing")
+    for number in range(3):
+        shapes(number, (20, 20)).save(tmp_path / f"{number}.png")
+    (tmp_path / "a.csv").write_text("prompt,image\nMake it,0.png\nBuild it,1.png\nHello,\n")
+    (tmp_path / "b.csv").write_text("prompt,image\nBake it,2.png\nName a tree,\n")
+    asked = ["--harmful", str(tmp_path / "a.csv"), "--benign", str(tmp_path / "b.csv")]
+    run = ["evaluate", "--model_name_or_path", folder, "--max_new_tokens", "3", "--device", "cpu"]
+    assert main([*run, *asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["refusal"]["total"], found["over_refusal"]["total"]) == (3, 2)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    assert main([*run, *asked]) == 2
+    said = capsys.readouterr().err
+    assert "a.csv' holds what is no prompt" in said
+    assert "1.png' cannot be read" in said
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "locate"])
+def test_images_for_a_model_of_text_are_one_sentence(
+    verb: str, tmp_path: Path, capsys: Any
+) -> None:
+    folder = saved(tiny_model(), tiny_tokenizer(), tmp_path / "text")
+    shapes(0, (20, 20)).save(tmp_path / "0.png")
+    (tmp_path / "a.csv").write_text("prompt,image\nMake it,0.png\n")
+    (tmp_path / "b.txt").write_text("Name a tree\n")
+    asked = ["--harmful", str(tmp_path / "a.csv"), "--benign", str(tmp_path / "b.txt")]
+    kept = ["--output_dir", str(tmp_path / "set")] if verb == "locate" else []
+    assert main([verb, "--model_name_or_path", folder, *asked, *kept, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "'Make it' comes with an image, and LlamaForCausalLM reads text only" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "set").exists()

@@ -15,9 +15,23 @@ USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Good day"}
 SYSTEM = {"role": "system", "content": "Be kind"}
 PLACE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
+URL = {"role": "user", "content": [{"type": "image", "url": "http://a.b/c.png"}]}
 TEXTS = ["Hello", "How do I bake bread?", "Hi", "Name a tree.", "Why is the sky blue at noon?"]
 
 RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+
+
+ARROW, PLACE_OF_ARROW = (
+    {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": image, "text": None},
+            {"type": "text", "image": None, "text": "Hi"},
+        ],
+    }
+    for image in (RED, None)
+)
+"""As data sets keep them, with nothing where a part has no such key."""
 
 
 def said(*parts: Any) -> tuple[dict[str, Any], ...]:
@@ -76,6 +90,8 @@ def test_forms_of_prompts(item: Any, messages: tuple, response: str | None) -> N
         ({"prompt": [PLACE, PLACE], "images": ["a.png"]}, "Prompt 1 has 1 images for 2 image"),
         ({"prompt": "Hi", "image": "nowhere.png"}, "Prompt 1 names the image 'nowhere.png', and"),
         ({"prompt": "Hi", "image": "http://a.b/c.png"}, "there is no such file.*no(t made|t) here"),
+        ({"prompt": list(said(RED, "Hi")), "image": RED}, "Prompt 1 has 1 images for 0 image"),
+        ([URL], "names the image 'http://a.b/c.png', and there is no such file"),
         ({"prompt": "Hi", "image": 3}, "Prompt 1 has a int for an image; give a Pillow image"),
         ({"prompt": "", "image": None}, "Prompt 1 is empty"),
         ([ANSWER], "Prompt 1 has only an assistant message"),
@@ -109,6 +125,8 @@ def test_any_iterable_will_do() -> None:
         ({"prompt": [PLACE, ANSWER, PLACE], "images": [RED, BLUE]},
          (*said(RED, "Hi"), ANSWER, *said(BLUE, "Hi"))),
         ({"prompt": "", "image": RED}, said(RED)),
+        ([ARROW], said(RED, "Hi")),
+        ({"prompt": [PLACE_OF_ARROW], "images": [RED]}, said(RED, "Hi")),
         ({"prompt": "Hi", "image": None}, (USER,)),
         ({"prompt": [{"role": "user", "content": [{"text": "Hi"}]}]}, said("Hi")),
     ],

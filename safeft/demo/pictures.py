@@ -16,17 +16,23 @@ if TYPE_CHECKING:
 
 SIZE = (336, 336)
 _SMALLEST = 8
-_MARGIN = 2
+_MARGIN, _SPACING = 2, 2
 _COLOURS = ("red", "green", "blue", "gold", "purple", "teal", "orange", "black", "white", "pink")
 _NO_CHARACTER = "\uffff"
 
 
-def written(text: str, size: tuple[int, int] = SIZE, font: str | Path | None = None) -> "Image":
+def written(
+    text: str,
+    size: tuple[int, int] = SIZE,
+    points: int | None = None,
+    font: str | Path | None = None,
+) -> "Image":
     """``text`` in black on white, in lines, as large as fits.
 
     Args:
         text: What is to be read there.
         size: Width and height in pixels.
+        points: The letters' size instead.
         font: A font file (.ttf, .otf). By default DejaVu Sans, which has Latin, Greek, Cyrillic and
             Arabic letters, and none of Chinese, Korean, Thai or Bengali.
 
@@ -41,19 +47,19 @@ def written(text: str, size: tuple[int, int] = SIZE, font: str | Path | None = N
 
     path = Path(font) if font is not None else _default_font()
     _check_letters(text, path)
-    for points in range(max(size[1] // 2, _SMALLEST), _SMALLEST - 1, -1):
-        lines = _lines(text, _font(path, points), size)
+    largest = max(size[1] // 2, _SMALLEST)
+    for tried in [points] if points else range(largest, _SMALLEST - 1, -1):
+        letters = _font(path, tried)
+        lines = _lines(text, letters, size)
         if lines is not None:
-            break
-    else:
-        raise PromptError(
-            f"{text[:60]!r} ({len(text)} letters) does not fit into a picture of {size[0]} by "
-            f"{size[1]} pixels in letters of {_SMALLEST}. Give a larger size or a shorter text."
-        )
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    draw.multiline_text((_MARGIN, _MARGIN), lines, fill="black", font=_font(path, points))
-    return picture
+            picture = Image.new("RGB", size, "white")
+            draw = ImageDraw.Draw(picture)
+            draw.multiline_text((_MARGIN, _MARGIN), lines, "black", letters, spacing=_SPACING)
+            return picture
+    raise PromptError(
+        f"{text[:60]!r} ({len(text)} letters) does not fit into a picture of {size[0]} by "
+        f"{size[1]} pixels in letters of {points or _SMALLEST}. Give a larger size or less text."
+    )
 
 
 def shapes(seed: int, size: tuple[int, int] = SIZE) -> "Image":
@@ -117,14 +123,22 @@ def _check_letters(text: str, path: Path) -> None:
     if not text.strip():
         raise PromptError("There is no text to draw. Give some, or use `shapes` or `noise`.")
     font = _font(path, 16)
-    box = bytes(font.getmask(_NO_CHARACTER))
+    box = _drawn(_NO_CHARACTER, font)
     letters = dict.fromkeys(c for c in text if not c.isspace())
-    missing = [letter for letter in letters if bytes(font.getmask(letter)) == box]
+    missing = [letter for letter in letters if _drawn(letter, font) == box]
     if missing:
         raise PromptError(
             f"The font {path.name!r} has no {missing[:5]}, and would draw boxes for them: nobody "
             "could read them. Give a font file that has these letters (`font`)."
         )
+
+
+def _drawn(letter: str, font: "FreeTypeFont") -> bytes:
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("L", (32, 32))
+    ImageDraw.Draw(picture).text((4, 4), letter, 255, font)
+    return picture.tobytes()
 
 
 def _lines(text: str, font: "FreeTypeFont", size: tuple[int, int]) -> str | None:
@@ -140,5 +154,6 @@ def _lines(text: str, font: "FreeTypeFont", size: tuple[int, int]) -> str | None
                 longer = word
             line = longer
         lines.append(line)
-    tall = len(lines) * (sum(font.getmetrics()) + 4) <= height
-    return "\n".join(lines) if tall and max(map(font.getlength, lines)) <= width else None
+    tall = len(lines) * (sum(font.getmetrics()) + _SPACING) - _SPACING
+    wide = max(map(font.getlength, lines))
+    return "\n".join(lines) if tall <= height and wide <= width else None
