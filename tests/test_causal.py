@@ -103,7 +103,7 @@ def test_a_patch_puts_in_the_mean_of_benign_prompts_and_answers() -> None:
     truth = planted()
     found = check(truth, BUSY, intervention="patch")
     sites = {truth.site: find_sites(truth.model)[truth.site]}
-    asked = [prompt_tokens(TOKENIZER, prompt) for prompt in as_prompts(BENIGN)]
+    asked = [row_of(TOKENIZER, prompt, answered=False).ids for prompt in as_prompts(BENIGN)]
     end = int(TOKENIZER.eos_token_id)
     own = [pad([(ids, [*TOKENIZER("Sure")["input_ids"], end])], 0, True, 1, "cpu") for ids in asked]
     with patch(truth.model, {truth.site: BUSY}, sites, mean_activations(truth.model, own, sites)):
