@@ -126,11 +126,13 @@ def check_finite(scores: Scores) -> None:
 
 
 def pools(sites: Mapping[str, Site], scope: str) -> list[list[str]]:
-    """The sites whose units are ranked together: each by itself, or all of a kind."""
+    """The sites whose units are ranked together: each by itself, or all of a kind and tower."""
     if scope == "layer":
         return [[name] for name in sites]
-    kinds = dict.fromkeys(site.kind for site in sites.values())
-    return [[name for name, site in sites.items() if site.kind == kind] for kind in kinds]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, site in sites.items():
+        alike.setdefault((site.tower, site.kind), []).append(name)
+    return list(alike.values())
 
 
 def _best(safety: Tensor, utility: Tensor | None, scores: Scores, selection: Selection) -> Tensor:
