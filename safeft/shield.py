@@ -267,16 +267,21 @@ def check_transfer(examples: Sequence[Prompt], held_out: Cells, tuned_on: str) -
             f"tuned_on={tuned_on!r} is none of the cells {list(held_out)}; which row of the table "
             "was trained on would be unknown. Name one of them."
         )
-    trained = {example.text.strip() for example in examples}
+    trained = {_said(example) for example in examples}
     for name, sides in held_out.items():
         for prompts in sides:
             for prompt in as_prompts(prompts):
-                if prompt.text.strip() in trained:
+                if _said(prompt) in trained:
                     raise PromptError(
                         f"{prompt.text[:60]!r} is to be trained on and is among the held-out "
                         f"prompts of {name!r}: refusing it would be memory. Remove it from the "
                         "safety data."
                     )
+
+
+def _said(prompt: Prompt) -> str:
+    """What is asked; with images, by their pixels too."""
+    return json.dumps(prompt.record) if prompt.images else prompt.text.strip()
 
 
 def table(found: Transfer) -> str:

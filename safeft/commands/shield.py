@@ -1,8 +1,8 @@
-"""``safeft shield``: the neurons that languages share, and tuning only these.
+"""``safeft shield``: the neurons that languages and modalities share, and tuning only these.
 
-A table of prompts with one column a language goes in; a neuron set for each language, the shared
-set and their overlap come out, and with safety data the tuned model, its certificate and a table of
-what tuning in one language did to the others.
+A table of prompts with one column a language goes in, or a pair of tables a cell; a neuron set for
+each cell, the shared set and their overlap come out, and with safety data the tuned model, its
+certificate and a table of what tuning in one cell did to the others.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,33 @@ class ShieldConfig:
     """Locate over languages, compare with chance, and tune what they share (Precise Shield)."""
 
     model_name_or_path: str = field(metadata={"help": "Chat model: folder or hub name."})
-    harmful: str = field(metadata={"help": "Table of harmful prompts, a column a language."})
-    benign: str = field(metadata={"help": "Table of ordinary prompts, a column a language."})
-    languages: list[str] = field(metadata={"help": "Columns to use, two or more: en zh it."})
+    harmful: str = field(
+        metadata={
+            "help": "Table of harmful prompts, a column a language; or, with `cells`, a table for "
+            "each, as in prompts/{cell}_harmful.csv (a slash becomes _)."
+        }
+    )
+    benign: str = field(metadata={"help": "Ordinary prompts, in the same form."})
     output_dir: str = field(metadata={"help": "Folder for sets, figures and the tuned model."})
+    languages: list[str] | None = field(
+        default=None, metadata={"help": "Columns to use: en zh it."}
+    )
+    modalities: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={"help": "text, and image: each prompt drawn into a picture."},
+    )
+    picture_text: str = field(
+        default="What does the picture ask? Answer it.",
+        metadata={"help": "What is written beside a drawn prompt."},
+    )
+    picture_font: str | None = field(
+        default=None, metadata={"help": "Font file, for letters that DejaVu Sans does not have."}
+    )
+    picture_size: int = field(default=336, metadata={"help": "Width and height in pixels."})
+    cells: list[str] | None = field(
+        default=None,
+        metadata={"help": "Instead of languages: en/text zz/image, a pair of tables each."},
+    )
     benign_column: str | None = field(
         default=None,
         metadata={"help": "One column for all languages; finds what is peculiar to each as well."},
@@ -46,7 +69,8 @@ class ShieldConfig:
         default=None, metadata={"help": "Shared is what so many cells have; by default all."}
     )
     tune_on: str | None = field(
-        default=None, metadata={"help": "Tune the shared set; the language of `safety_data`."}
+        default=None,
+        metadata={"help": "Tune the shared set; the language (or cell) of `safety_data`."},
     )
     safety_data: str | None = field(
         default=None,
@@ -100,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     judge = as_judge(config.judge, refusal_label=config.refusal_label)
     if examples is not None:
         ready_judge(judge)
-        check_transfer(examples, held_out, _cell(config.tune_on))
+        check_transfer(examples, held_out, _tuned(config))
     template = read_template(config.chat_template_path)
     model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
     if template is not None:
@@ -126,34 +150,91 @@ def main(arguments: Sequence[str]) -> int:
     return _tune(config, model, tokenizer, grid, examples, held_out, measuring)
 
 
-def _cell(language: str | None) -> str:
-    """The name of a language's cell."""
-    return f"{language}/text"
+def _tuned(config: ShieldConfig) -> str:
+    """The name of the cell that is tuned on: of a language its first modality's."""
+    return str(config.tune_on) if config.cells else f"{config.tune_on}/{config.modalities[0]}"
 
 
 def _cells(config: ShieldConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Each language's prompts for locating, and those held out: the same rows in all of them."""
+    """Each cell's prompts for locating, and those held out: the same rows in all of them."""
+    found = _tables(config) if config.cells else _columns(config)
+    share = config.held_out if config.tune_on is not None else 0.0
+    cells: dict[str, Any] = {}
+    held_out: dict[str, Any] = {}
+    for name, sides in found.items():
+        parts = [_split(rows[: config.limit], share) for rows in sides]
+        cells[name] = tuple(located for located, _ in parts)
+        held_out[name] = tuple(kept for _, kept in parts)
+    return cells, held_out
+
+
+def _tables(config: ShieldConfig) -> dict[str, tuple[Any, Any]]:
+    """A pair of tables for each cell."""
+    from safeft.reading import read_prompts
+
+    if config.languages or config.benign_column or config.modalities != ["text"]:
+        raise ConfigError(
+            "`cells` reads a pair of tables for each cell; languages, modalities and benign_column "
+            "belong to one table with a column a language. Give the one or the other."
+        )
+    for side in ("harmful", "benign"):
+        if "{cell}" not in getattr(config, side):
+            raise ConfigError(
+                f"{side}={getattr(config, side)!r} names one file, and each of the cells needs its "
+                "own. Write {cell} where their names differ, as in prompts/{cell}_harmful.csv."
+            )
+    return {
+        cell: (
+            read_prompts(config.harmful.replace("{cell}", cell.replace("/", "_"))),
+            read_prompts(config.benign.replace("{cell}", cell.replace("/", "_"))),
+        )
+        for cell in config.cells or ()
+    }
+
+
+def _columns(config: ShieldConfig) -> dict[str, tuple[Any, Any]]:
+    """Columns of one table, as text and drawn."""
     from safeft.reading import read_columns
 
-    languages = list(dict.fromkeys(config.languages))
+    languages = list(dict.fromkeys(config.languages or ()))
+    if not languages:
+        raise ConfigError(
+            "Neither `languages` nor `cells` is given, so there is nothing to compare. Name the "
+            "columns of the tables (--languages en zh), or cells with tables of their own."
+        )
+    if unknown := set(config.modalities) - {"text", "image"} or not config.modalities:
+        raise ConfigError(f"modalities={config.modalities}: {unknown} is neither text nor image.")
     harmful = read_columns(config.harmful, languages)
     if config.benign_column is None:
         benign = read_columns(config.benign, languages)
     else:
         common = read_columns(config.benign, [config.benign_column])[config.benign_column]
         benign = dict.fromkeys(languages, common)
-    cells: dict[str, Any] = {}
-    held_out: dict[str, Any] = {}
-    share = config.held_out if config.tune_on is not None else 0.0
-    for language in languages:
-        sides = [table[language][: config.limit] for table in (harmful, benign)]
-        parts = [_split(cells_of, share) for cells_of in sides]
-        cells[_cell(language)] = tuple(located for located, _ in parts)
-        held_out[_cell(language)] = tuple(kept for _, kept in parts)
-    return cells, held_out
+    return {
+        f"{language}/{modality}": (
+            _shown(config, harmful[language], modality),
+            _shown(config, benign[language], modality),
+        )
+        for language in languages
+        for modality in config.modalities
+    }
 
 
-def _split(rows: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+def _shown(config: ShieldConfig, rows: Sequence[str], modality: str) -> list[Any]:
+    if modality == "text":
+        return list(rows)
+    from safeft.demo.pictures import written
+
+    size = (config.picture_size, config.picture_size)
+    return [
+        {"prompt": config.picture_text, "image": written(row, size, font=config.picture_font)}
+        if row
+        else ""
+        for row in rows
+    ]
+
+
+def _split(rows: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """Rows to locate on and rows held out, spread evenly; empty cells are left out of both."""
     kept = [int((number + 1) * share) > int(number * share) for number in range(len(rows))]
     located = [row for row, out in zip(rows, kept, strict=True) if row and not out]
@@ -171,10 +252,10 @@ def _examples(config: ShieldConfig) -> Any:
         )
     if config.tune_on is None or config.safety_data is None:
         return None
-    if config.tune_on not in config.languages:
+    if config.tune_on not in (known := config.cells or config.languages or []):
         raise ConfigError(
-            f"tune_on={config.tune_on!r} is none of the languages {config.languages}, so the table "
-            "could not say which one was trained. Name one of them."
+            f"tune_on={config.tune_on!r} is none of the {'cells' if config.cells else 'languages'} "
+            f"{known}, so the table could not say which one was trained. Name one of them."
         )
     if not 0 < config.held_out < 1:
         raise ConfigError(
@@ -208,7 +289,7 @@ def _tune(
         "max_length": config.max_length,
         "seed": config.seed,
     }
-    cell, tuned = _cell(config.tune_on), Path(config.output_dir) / "tuned"
+    cell, tuned = _tuned(config), Path(config.output_dir) / "tuned"
     found = transfer(
         model, tokenizer, grid.shared, examples, held_out, cell, training=training, **measuring
     )
