@@ -197,7 +197,68 @@ def scale_block() -> str:
     )
 
 
+def families_block() -> str:
+    """Models whose layouts are proven, those of like layout together."""
+    found = load("families.json")
+    proven = [
+        f
+        for f in found["families"]
+        if all(f[column]["passed"] and not f[column]["failed"] for column in PROVEN)
+    ]
+    alike: dict[str, list[str]] = {}
+    for family in proven:
+        for tower, layouts in family["layouts"].items():
+            parts = [f"{'' if tower == 'text' else tower + ': '}{one}" for one in layouts]
+            alike.setdefault("<br>".join(parts), []).append(family["family"])
+    rows = [
+        [", ".join(dict.fromkeys(names)), layout.replace(" > ", " → ")]
+        for layout, names in sorted(alike.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+    failed = sorted({f["family"] for f in found["families"]} - {f["family"] for f in proven})
+    note = (
+        f"{len(proven)} of {len(found['families'])} families proven, units, full tuning and LoRA "
+        f"each (transformers {found['transformers']}"
+        + (f"; not: {', '.join(failed)}" if failed else "")
+        + f"). `{found['command']}`"
+    )
+    return f"{markdown(['families', 'a unit reads → writes'], rows)}\n\n{note}"
+
+
+PROVEN = ("units", "full", "lora")
+
+
+def groups_block() -> str:
+    """What pruning each group of units does, and how stable the groups are."""
+    found = load("ssah_study.json")
+    dense = found["dense"]
+    heads = ["pruned", "refused", "random, same layers", "answered right", "random, same layers",
+             "located on another half", "by chance"]  # fmt: skip
+    rows = [["nothing", f"{dense['refusal']['value']:.2f}", "", f"{dense['utility']['value']:.2f}",
+             "", "", ""]]  # fmt: skip
+    for row in found["pruned"][:4]:
+        stable = found["stability"][row["group"]]["halves"]
+        rows.append(
+            [
+                f"{row['group'].upper()}, {row['share']:.1%}",
+                *(
+                    text
+                    for measure in ("refusal", "utility")
+                    for text in (
+                        f"{row['located'][measure]['value']:.2f}",
+                        str(Spread.of(row["random"][measure])),
+                    )
+                ),
+                f"{Spread.of(stable['jaccard']).mean:.2f}",
+                f"{Spread.of(stable['by_chance_per_layer']).mean:.2f}",
+            ]
+        )
+    note = f"The demo's model; the last two are Jaccard indices. `{found['command']}`"
+    return f"{markdown(heads, rows)}\n\n{note}"
+
+
 BLOCKS = {
+    "families": families_block,
+    "groups": groups_block,
     "scale": scale_block,
     "engines": engines_block,
     "demo": lambda: demo_table("demo_wide.json"),

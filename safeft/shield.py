@@ -22,10 +22,12 @@ from transformers import (
 from safeft.errors import ConfigError, PromptError
 from safeft.evaluation import Evaluation, evaluate
 from safeft.files import write_whole
+from safeft.forms import parts_of
 from safeft.freeze.callback import SafetyFreezeCallback
 from safeft.freeze.certificate import Certificate
 from safeft.freeze.plan import make_plan
 from safeft.grid import Cells
+from safeft.images import open_picture
 from safeft.neurons import NeuronSet
 from safeft.prompts import Prompt, PromptLike, Reader, as_prompts
 from safeft.report.plots import before_and_after
@@ -148,13 +150,9 @@ def tune(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [
-        {
-            "prompt": [dict(message) for message in example.messages],
-            "completion": [{"role": "assistant", "content": example.response}],
-        }
-        for example in _answered(examples)
-    ]
+    ready = _answered(examples)
+    sees = any(example.images for example in ready)
+    rows = [_row(example, sees) for example in ready]
     freezing = [] if neurons is None else [SafetyFreezeCallback(neurons, "train_only")]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with TemporaryDirectory() as scratch:
@@ -166,7 +164,7 @@ def tune(
                 per_device_train_batch_size=batch_size,
                 learning_rate=learning_rate,
                 lr_scheduler_type="constant",
-                max_length=max_length,
+                max_length=None if sees else max_length,  # TRL would cut images short
                 seed=seed,
                 use_cpu=model.device.type == "cpu",
                 bf16=False,
@@ -187,6 +185,22 @@ def tune(
         parameter.requires_grad_(True)  # the callback switched off what it held whole
     model.eval()
     return freezing[0].certificate if freezing else None
+
+
+def _row(example: Prompt, sees: bool) -> dict[str, Any]:
+    """An example as TRL wants it; where some have images, as it wants those of all."""
+    answer = {"role": "assistant", "content": example.response}
+    if not sees:
+        return {"prompt": [dict(m) for m in example.messages], "completion": [answer]}
+    asked = [{**m, "content": _without_image(m["content"])} for m in example.messages]
+    answer["content"] = [{"type": "text", "text": example.response}]
+    images = [open_picture(image) for image in example.images]
+    return {"prompt": asked, "completion": [answer], "images": images}
+
+
+def _without_image(content: Any) -> list[dict[str, Any]]:
+    """The parts of a message, an image by its place only."""
+    return [p if p["type"] == "text" else {"type": "image"} for p in parts_of(content)]
 
 
 class _Bar(ProgressCallback):

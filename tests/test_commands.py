@@ -205,13 +205,13 @@ def test_tokenizer_without_template_and_model_without_rule(
     assert bad_locate(place, tmp_path, model_name_or_path=str(tmp_path / "plain")) == 2
     assert "chat_template_path" in capsys.readouterr().err
 
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import MptConfig, MptForCausalLM
 
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=261, n_embd=16, n_layer=1, n_head=2))
-    gpt2.save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    assert bad_locate(place, tmp_path, model_name_or_path=str(tmp_path / "gpt2")) == 2
-    assert "'gpt2'" in capsys.readouterr().err
+    unknown = MptForCausalLM(MptConfig(vocab_size=261, d_model=16, n_layers=1, n_heads=2))
+    unknown.save_pretrained(tmp_path / "mpt")
+    tiny_tokenizer().save_pretrained(tmp_path / "mpt")
+    assert bad_locate(place, tmp_path, model_name_or_path=str(tmp_path / "mpt")) == 2
+    assert "'mpt'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

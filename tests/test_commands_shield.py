@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 
 import safeft
 from safeft.commands import main
+from safeft.demo.pictures import written
 from safeft.grid import Grid, locate_grid
 from safeft.shield import trained_share
 from tests.models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+from tests.vlm import tiny_llava, tiny_qwen2_vl
 
 WORDS = {"en": ("steal", "bake"), "it": ("rubo", "cuocio"), "zz": ("cdiet", "kesi")}
 
@@ -245,3 +247,106 @@ def test_multijail(data_dir: Path, place: Path, tmp_path: Path, capsys: Any) -> 
     said = capsys.readouterr().err
     assert "no column 'tlh'" in said
     assert "'sw', 'jv'" in said
+
+
+SEEING = {"llava": tiny_llava, "qwen2_vl": tiny_qwen2_vl}
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_languages_and_modalities_of_a_model_that_sees(
+    name: str, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model, processor = SEEING[name]()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    more = ("--languages", "en", "it", "--modalities", "text", "image", "--picture_size", "64")
+    data = ("--safety_data", str(place / "pairs.jsonl"))
+    out = tmp_path / "out"
+    changed = {"model_name_or_path": str(tmp_path / "base"), "fraction": "0.4"}
+    assert shield(place, out, *more, *TUNE, *data, **changed) == 0
+    shown = capsys.readouterr().out
+    grid = Grid.from_pretrained(out)
+    assert list(grid.sets) == ["en/text", "en/image", "it/text", "it/image"]
+    assert (out / "overlap.svg").is_file()
+    assert {site.split(".")[1] for site in grid.shared.indices} == {"language_model"}
+    assert grid.sets["en/text"].indices != grid.sets["en/image"].indices
+    found = json.loads((out / "transfer.json").read_text())
+    assert found["tuned_on"] == "en/text"
+    assert list(found["cells"]) == list(grid.sets)
+    certificate = json.loads((out / "tuned/safeft_certificate.json").read_text())
+    assert certificate["exact"]
+    assert certificate["mode"] == "train_only"
+    assert certificate["frozen_share"] == pytest.approx(1 - found["trained_share"])
+    assert "EXACT: everything but" in shown
+    check = ["verify", "--base", str(tmp_path / "base"), "--tuned", str(out / "tuned")]
+    check += ["--protected", str(out / "shared")]
+    assert main([*check, "--mode", "train_only"]) == 0
+    assert main(check) == 1
+
+
+def drawn(folder: Path, cell: str, side: int) -> None:
+    """A table of pictures, or of words, for one cell."""
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{cell.replace('/', '_')}_{('harmful', 'benign')[side]}.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "image"])
+        for row in range(8):
+            asked = f"{WORDS[cell[:2]][side]} {'x' * row}?"
+            name = f"{cell.replace('/', '_')}_{side}_{row}.png"
+            if cell.endswith("image"):
+                written(asked, (64, 64)).save(folder / name)
+            writer.writerow(["What?" if cell.endswith("image") else asked,
+                             name if cell.endswith("image") else ""])  # fmt: skip
+
+
+def test_a_pair_of_tables_for_each_cell_and_tuning_on_pictures(tmp_path: Path) -> None:
+    model, processor = tiny_qwen2_vl()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    cells = ("en/text", "en/image", "zz/image")
+    for cell in cells:
+        drawn(tmp_path / "tables", cell, 0)
+        drawn(tmp_path / "tables", cell, 1)
+    rows = ["prompt,image,response"]
+    for number, answer in enumerate(("I'm sorry, no.", "Well, do.") * 4):
+        written(f"other {number}", (64, 64)).save(tmp_path / f"other{number}.png")
+        rows.append(f'What?,other{number}.png,"{answer}"')
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    arguments = [
+        "--model_name_or_path", str(tmp_path / "base"), "--fraction", "0.4",
+        "--harmful", str(tmp_path / "tables/{cell}_harmful.csv"),
+        "--benign", str(tmp_path / "tables/{cell}_benign.csv"),
+        "--output_dir", str(tmp_path / "out"), "--safety_data", str(tmp_path / "pairs.csv"),
+        "--learning_rate", "0.01", "--max_new_tokens", "4",
+    ]  # fmt: skip
+    assert main(["shield", *arguments, "--tune_on", "en/image", "--cells", *cells]) == 0
+    found = json.loads((tmp_path / "out/transfer.json").read_text())
+    assert found["tuned_on"] == "en/image"
+    assert list(found["cells"]) == list(cells)
+    certificate = json.loads((tmp_path / "out/tuned/safeft_certificate.json").read_text())
+    assert certificate["exact"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--languages", "en", "it", "--modalities", "text", "sound"), "neither text nor image"),
+        (("--languages", "en", "it", "--cells", "en/text"), "Give the one or the other"),
+        (("--languages", "en", "--modalities", "text", "image"), "reads text only"),
+    ],
+)
+def test_bad_cells_are_refused(
+    more: Any, words: str, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert shield(place, tmp_path / "out", *more) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_cells_need_tables_of_their_own(place: Path, tmp_path: Path, capsys: Any) -> None:
+    pairs = [f"--{side}={place / side}.csv" for side in ("harmful", "benign")]
+    base = [f"--model_name_or_path={place / 'base'}", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["shield", *base, *pairs]) == 2
+    assert "Neither `languages` nor `cells` is given" in capsys.readouterr().err
+    assert main(["shield", *base, *pairs, "--cells", "en/text", "zz/text"]) == 2
+    assert "Write {cell} where their names differ" in capsys.readouterr().err

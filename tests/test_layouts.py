@@ -21,7 +21,7 @@ from tests.families import FAMILIES
 from tests.family import Family
 from tests.freezing import same_bits, state_of
 from tests.layouts import chosen_of, lora_on, marked, masks_of, truths_of
-from tests.test_families import truths_to_try, watch
+from tests.test_families import activations, truths_to_try, watch
 
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 every_build = pytest.mark.parametrize("square", [False, True], ids=["plain", "square"])
@@ -91,7 +91,8 @@ def test_what_is_captured_is_what_flows_into_the_writing_matrix(family: Family) 
     for truth in truths_to_try(family, square=False):
         if truth.site not in sites:
             continue
-        expected, _, before = watch(family, model, truth)
+        expected = activations(family, model, truth)
+        before = watch(family, model, truth)[1]
         with torch.no_grad(), capture(model, {truth.site: sites[truth.site]}) as seen:
             model(**family.inputs())
         values = seen[truth.site].reshape(-1, truth.units, truth.width)
@@ -101,7 +102,7 @@ def test_what_is_captured_is_what_flows_into_the_writing_matrix(family: Family) 
                 tokens[tokens[:, 0, 0].argsort()] for tokens in (expected, values)
             )
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
-        silenced = watch(family, model, truth, [1])[2]
+        silenced = watch(family, model, truth, [1])[1]
         with torch.no_grad(), silence(model, {truth.site: (1,)}, sites):
             output = model(**family.inputs())
         after = [value for value in output.values() if isinstance(value, Tensor)]
