@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from safeft.errors import SafeftError, SelectionError
-from safeft.experts import tapped_experts
 from safeft.sites import Part, Site, bare, dense, plain_model
+from safeft.sites.experts import tapped_experts
 
 
 class CaptureError(SafeftError, RuntimeError):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "safeft"
 
 LAYERS = (
     ("errors", "progress"),
-    ("files", "intervals", "processes", "blocks", "experts"),
+    ("files", "intervals", "processes", "blocks"),
     ("batch", "images", "shards"),
     ("sites",),
     ("weights",),
