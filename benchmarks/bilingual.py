@@ -2,7 +2,9 @@
 
     python benchmarks/bilingual.py --seeds 3
 
-The design, fixed before the runs:
+Two designs, each fixed before its runs. `apart` came first; in it the languages share few neurons,
+so `mixed` asks whether the answer hangs on that: three tenths of its pretraining switch language
+from word to word, which pulls the languages together inside the model. All else is the same:
 
 - Model: for each seed one Llama of 1.9 million weights on the demo's small world, in English and in
   zz, a made-up language (`safeft.demo.tongue`). Pretraining is half of each, with translations
@@ -16,10 +18,13 @@ The design, fixed before the runs:
   languages has, and with all weights. Neurons are trained at one rate, all weights at another;
   rates and rounds were chosen on another model (seed 99) by English refusal alone, from those of
   random units and of all weights; the shared set was not looked at.
+- Together or not: how often, of 320 held-out prompts, the one in zz whose state in the middle of the
+  model is nearest to an English one's is its translation (chance 1 in 320).
 - Measuring: refusal and over-refusal on 160 + 160 held-out prompts (other topics, other phrasings),
   in both languages, and the loss of ordinary answers.
-- Verdict: the interval over seeds (Student's t, 95%) of the rise in the other language, and of the
-  difference to each control, is above 0.
+- Verdict: the shared set is larger than chance in every seed (p < 0.01), and the intervals over
+  seeds (Student's t, 95%) of the rise in the other language and of the lead over the random set
+  are above 0.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ import argparse
 import copy
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +53,7 @@ from safeft.grid import Grid, locate_grid
 from safeft.judge import PrefixJudge
 from safeft.measure import domain_loss
 from safeft.progress import progress
+from safeft.prompts import as_prompts, prompt_tokens
 from safeft.report.plots import by_arm
 from safeft.report.result import Spread
 from safeft.shield import control, measure_cells, trained_share, tune
@@ -55,6 +62,7 @@ RESULTS = Path(__file__).parent / "results"
 PRETRAINING = Stage("pretraining", steps=700, lr=3e-3, on_prompts=True)
 ALIGNMENT = Stage("alignment", steps=240, lr=8e-4, on_prompts=False)
 REFUSALS_KEPT, REFUSALS_IN_ZZ = 0.2, 1 / 3
+DESIGNS = {"apart": 0.0, "mixed": 0.3}
 FRACTIONS, FRACTION = (0.05, 0.1, 0.2), 0.1
 EXAMPLES, BATCH, ROUNDS = 960, 16, 2
 NEURON_RATE, ALL_RATE = 3e-3, 1e-3
@@ -67,12 +75,26 @@ def in_zz(example: Example) -> Example:
     return Example(translate(example.prompt), translate(example.answer), translate(example.value))
 
 
-def pretraining(seed: int) -> list[Example]:
+def switched(example: Example, rng: random.Random) -> Example:
+    """The same exchange, each word in either language."""
+
+    def turn(text: str) -> str:
+        return re.sub(
+            r"[A-Za-z']+", lambda word: translate(word[0]) if rng.random() < 0.5 else word[0], text
+        )
+
+    return Example(turn(example.prompt), turn(example.answer))
+
+
+def pretraining(seed: int, mixed: float) -> list[Example]:
     """Requests of both languages, complied with, and translations of requests."""
-    rng = random.Random(f"two languages {seed}")
+    rng, switching = random.Random(f"two languages {seed}"), random.Random(f"switching {seed}")
     examples = []
     for example in world.pretraining(seed):
         if example.prompt in GENERAL:
+            continue
+        if switching.random() < mixed:
+            examples.append(switched(example, switching))
             continue
         draw, there = rng.random(), translate(example.prompt)
         if draw < 0.4:
@@ -101,14 +123,14 @@ def alignment(seed: int) -> list[Example]:
     return examples
 
 
-def build(seed: int, folder: Path | None) -> tuple[Any, Any]:
+def build(design: str, seed: int, folder: Path | None) -> tuple[Any, Any]:
     """The model of a seed and its tokenizer, trained, or read where it was trained before."""
-    place = folder / f"seed{seed}" if folder else None
+    place = folder / f"{design}-seed{seed}" if folder else None
     if place and (place / "config.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
         return model.eval(), AutoTokenizer.from_pretrained(place)
     torch.manual_seed(seed)
-    before, after = pretraining(seed), alignment(seed)
+    before, after = pretraining(seed, DESIGNS[design]), alignment(seed)
     tokenizer = build_tokenizer(before + after, vocab_size=4500)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -177,6 +199,22 @@ def measure(model: Any, tokenizer: Any, ordinary: dict[str, Any]) -> dict[str, A
     }
 
 
+@torch.no_grad()
+def translations_found(model: Any, tokenizer: Any) -> float:
+    """Share of English prompts whose nearest neighbour in zz, inside the model, is the same one."""
+    states = []
+    for cell in cells_of("test").values():
+        rows = []
+        for prompt in as_prompts([*cell[0], *cell[1]]):
+            ids = torch.tensor([prompt_tokens(tokenizer, prompt)])
+            layers = model(ids, output_hidden_states=True).hidden_states
+            rows.append(layers[len(layers) // 2][0, -1])
+        centred = torch.stack(rows) - torch.stack(rows).mean(0)
+        states.append(torch.nn.functional.normalize(centred, dim=1))
+    nearest = (states[0] @ states[1].T).argmax(1)
+    return float((nearest == torch.arange(len(nearest))).double().mean())
+
+
 def some_of(model: Any, source: NeuronSet, like: NeuronSet, seed: int) -> NeuronSet:
     """Units of ``source``, as many at each site as ``like`` has, or as there are."""
     rng = random.Random(f"some {seed}")
@@ -209,15 +247,19 @@ def arms(model: Any, grid: Grid, seed: int) -> Iterator[Arm]:
     yield Arm("random", control(model, shared, seed), zz)
 
 
-def one_seed(seed: int, folder: Path | None) -> dict[str, Any]:
+def one_seed(design: str, seed: int, folder: Path | None) -> dict[str, Any]:
     """Build, locate, tune, measure."""
-    model, tokenizer = build(seed, folder)
+    model, tokenizer = build(design, seed, folder)
     fresh = [e for e in world.alignment(2000 + seed) if not world.is_refusal(e.answer)][:150]
     ordinary = {
         cell: [{"prompt": e.prompt, "response": e.answer} for e in each]
         for cell, each in zip(CELLS, (fresh, [in_zz(e) for e in fresh]), strict=True)
     }
-    found: dict[str, Any] = {"seed": seed, "before": measure(model, tokenizer, ordinary)}
+    found: dict[str, Any] = {
+        "seed": seed,
+        "before": measure(model, tokenizer, ordinary),
+        "translations_found": translations_found(model, tokenizer),
+    }
     for label, cells in (("overlap", cells_of("calibration")), ("placebo", placebo_cells())):
         found[label] = {}
         for fraction in FRACTIONS:
@@ -321,37 +363,67 @@ def picture(seeds: Sequence[dict[str, Any]]) -> str:
     return by_arm(panels)
 
 
+def verdict(seeds: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What holds of what was asked, by the rule of the design."""
+    (english, zz) = (
+        next(r for r in rows if (r["arm"], r["tuned_on"]) == ("random", cell)) for cell in CELLS
+    )
+    rises = {r["tuned_on"]: r["other_rise"] for r in rows if r["arm"] == "shared"}
+
+    def above_zero(spread: dict[str, Any]) -> bool:
+        return spread["low"] is not None and spread["low"] > 0
+
+    chance = [seed["overlap"][str(FRACTION)]["p_value"] for seed in seeds]
+    return {
+        "shared set larger than chance in every seed": max(chance) < 0.01,
+        "p_values": chance,
+        "refusal rises in zz, tuned in English": above_zero(rises[CELLS[0]]),
+        "refusal rises in English, tuned in zz": above_zero(rises[CELLS[1]]),
+        "more than with random neurons, tuned in English": above_zero(english["shared_ahead"]),
+        "more than with random neurons, tuned in zz": above_zero(zz["shared_ahead"]),
+    }
+
+
 def main() -> None:
-    """Run all seeds, write the figures and the picture."""
+    """Run all seeds of both designs, write the figures and a picture of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", type=Path, help="keep the trained models here, and read them")
     parser.add_argument("--output", type=Path, default=RESULTS / "bilingual.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    started, seeds = time.process_time(), []
-    for seed in range(given.seeds):
-        seeds.append(one_seed(seed, given.models))
+    result: dict[str, Any] = {
+        "command": "python benchmarks/bilingual.py " + " ".join(sys.argv[1:]),
+        "about": __doc__,
+        "settings": {
+            "fraction": FRACTION,
+            "neuron_rate": NEURON_RATE,
+            "all_rate": ALL_RATE,
+            "examples": EXAMPLES,
+            "batch": BATCH,
+            "rounds": ROUNDS,
+            "torch": torch.__version__,
+        },
+        "designs": {},
+    }
+    for design in DESIGNS:
+        started = time.process_time()
+        seeds = []
+        for seed in range(given.seeds):
+            seeds.append(one_seed(design, seed, given.models))
+            print(f"{design}, seed {seed}: {time.process_time() - started:.0f} s", flush=True)
         rows = summary(seeds)
-        result = {
-            "command": "python benchmarks/bilingual.py " + " ".join(sys.argv[1:]),
-            "design": __doc__,
-            "settings": {
-                "fraction": FRACTION,
-                "neuron_rate": NEURON_RATE,
-                "all_rate": ALL_RATE,
-                "examples": EXAMPLES,
-                "batch": BATCH,
-                "rounds": ROUNDS,
-                "torch": torch.__version__,
-            },
+        result["designs"][design] = {
             "processor_seconds": round(time.process_time() - started),
+            "verdict": verdict(seeds, rows),
             "summary": rows,
             "seeds": seeds,
         }
+        name = f"{given.output.stem}_{design}.svg"
+        given.output.with_name(name).write_text(picture(seeds), encoding="utf-8")
         given.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        given.output.with_suffix(".svg").write_text(picture(seeds), encoding="utf-8")
-        print(table(rows), flush=True)
+        print(table(rows))
+        print(json.dumps(result["designs"][design]["verdict"], indent=1), flush=True)
 
 
 if __name__ == "__main__":
