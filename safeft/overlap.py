@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, reduce
 from itertools import combinations
 from operator import or_
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,6 +53,12 @@ class Overlap:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, the Jaccard index included."""
         return {**asdict(self), "jaccard": self.jaccard}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What :meth:`to_dict` made."""
+        known = {name: value for name, value in data.items() if name != "jaccard"}
+        return cls(**{**known, "sizes": tuple(data["sizes"])})
 
 
 def overlap(

@@ -170,7 +170,7 @@ def locate(
         "method": method,
         **settings,
         "calibration": {
-            side: {"count": len(prompts), "sha256": _hash(prompts)}
+            side: {"count": len(prompts), "sha256": prompts_hash(prompts)}
             for side, prompts in sides.items()
         },
     }
@@ -197,7 +197,9 @@ def score(
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
-    places: dict[Side, tuple[Side, str]] = {s: (s, _hash(prompts)) for s, prompts in sides.items()}
+    places: dict[Side, tuple[Side, str]] = {
+        s: (s, prompts_hash(prompts)) for s, prompts in sides.items()
+    }
     known = [seen[place] for place in places.values() if place in seen] if seen else []
     for side, prompts in sides.items():
         if seen and places[side] in seen:
@@ -290,7 +292,8 @@ def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
         )
 
 
-def _hash(prompts: Sequence[Prompt]) -> str:
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of messages and responses, in their order."""
     rows = [[[dict(m) for m in p.messages], p.response] for p in prompts]
     return sha256(json.dumps(rows, sort_keys=True).encode())
 
