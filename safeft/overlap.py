@@ -95,7 +95,7 @@ def overlap(
     if at_least == len(sets):
         by_chance = in_all(strata)
         expected = float(by_chance @ torch.arange(len(by_chance), dtype=torch.double))
-        p_value = float(by_chance[count:].sum())
+        p_value = float(by_chance[count:].sum()) if count else 1.0
     else:
         shares = [(units, _chance_of_one(units, sizes, at_least)) for units, sizes in strata]
         expected = sum(units * share for units, share in shares)
