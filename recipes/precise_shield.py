@@ -63,10 +63,11 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
     located = cells(config, config.harmful, config.benign)
     grid = locate_grid(model, tokenizer, located, method="contrast", fraction=config.fraction)
     grid.save_pretrained(output / "grid")
-    found = grid.agreement
+    found, placebo = grid.agreement, grid.placebo
     print(
         f"{found.shared} neurons are shared by all {len(grid.sets)} languages; "
-        f"{found.expected:.1f} by chance, p = {found.p_value:.1g}"
+        f"{found.expected:.1f} by chance (p = {found.p_value:.1g}), "
+        f"{placebo.shared if placebo else 'no'} in the placebo of ordinary prompts"
     )
 
     # 2. Measure before.

@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from safeft.demo import tongue, world
+from safeft.demo import world
 
 FOLDER = Path("runs/smoke")
 
@@ -20,11 +20,11 @@ def lines(name: str, rows: list[str]) -> None:
 
 
 def languages(name: str, prompts: list[str]) -> None:
-    """A table with a column a language."""
+    """A table with a column a language; for a model of one, plain and polite stand for two."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / name).open("w", newline="", encoding="utf-8") as stream:
-        rows = ([prompt, tongue.translate(prompt)] for prompt in prompts)
-        csv.writer(stream).writerows([["en", "zz"], *rows])
+        rows = ([prompt, f"Hello! {prompt} Thank you."] for prompt in prompts)
+        csv.writer(stream).writerows([["plain", "polite"], *rows])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any, Self, TypeAlias
 
 from transformers import PreTrainedModel
 
-from safeft.errors import ArtefactError, ConfigError, PromptError
+from safeft.errors import ArtefactError, ConfigError, PromptError, SelectionError
 from safeft.files import write_whole
-from safeft.locators import Method, Seen, locate
+from safeft.locators import Method, Seen, locate, prompts_hash
+from safeft.locators.scores import Statistics, merged
 from safeft.neurons import NeuronSet
 from safeft.overlap import Overlap, overlap, pairs, shared, specific
 from safeft.progress import progress
@@ -34,6 +35,8 @@ Cells: TypeAlias = Mapping[str, tuple[Iterable[PromptLike], Iterable[PromptLike]
 _NAME = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
 _EXCLUDING = ("contrast", "snip", "wanda")
 """Methods that pass units over which are top in utility; see ``safeft.locators.select``."""
+_ADDING = ("contrast", "variance", "wanda")
+"""Methods whose statistics of two halves of a side add up to those of the side."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Grid:
         shared: The neurons that makes; it may be empty.
         specific: Cell name to the neurons that no other cell has.
         pool: Site to number of units that could be selected, where that is fewer than it has.
+        placebo: The overlap of the cells where halves of the benign prompts stand on both sides:
+            what agrees there has nothing to do with harm. None where it cannot be had.
     """
 
     sets: Mapping[str, NeuronSet]
@@ -55,6 +60,7 @@ class Grid:
     shared: NeuronSet
     specific: Mapping[str, NeuronSet]
     pool: Mapping[str, int]
+    placebo: Overlap | None = None
 
     @classmethod
     def of(
@@ -62,6 +68,7 @@ class Grid:
         sets: Mapping[str, NeuronSet],
         at_least: int | None = None,
         pool: Mapping[str, int] | None = None,
+        placebo: Overlap | None = None,
     ) -> Self:
         """The grid of sets that are there already; see :func:`safeft.overlap.overlap`.
 
@@ -77,6 +84,7 @@ class Grid:
             shared(sets, at_least),
             specific(sets),
             pool,
+            placebo,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +95,7 @@ class Grid:
             "cells": {name: len(each) for name, each in self.sets.items()},
             "specific": {name: len(each) for name, each in self.specific.items()},
             "shared": self.agreement.to_dict(),
+            "placebo": None if self.placebo is None else self.placebo.to_dict(),
             "pairs": [{"cells": list(two), **found.to_dict()} for two, found in self.pairs.items()],
             "pool": dict(self.pool),
         }
@@ -118,6 +127,7 @@ class Grid:
             config = json.loads(path.read_text(encoding="utf-8"))
             names, at_least = list(config["cells"]), int(config["shared"]["at_least"])
             pool = {str(name): int(units) for name, units in config["pool"].items()}
+            placebo = config["placebo"] and Overlap.from_dict(config["placebo"])
             _check_names(names)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtefactError(
@@ -125,7 +135,7 @@ class Grid:
                 "the folder that `safeft shield` wrote."
             ) from error
         sets = {name: NeuronSet.from_pretrained(Path(folder) / "cells" / name) for name in names}
-        return cls.of(sets, at_least, pool)
+        return cls.of(sets, at_least, pool, placebo)
 
 
 def locate_grid(
@@ -134,10 +144,11 @@ def locate_grid(
     cells: Cells,
     *,
     method: Method = "contrast",
+    fill: bool = False,
     at_least: int | None = None,
     **settings: Any,
 ) -> Grid:
-    """Locate the neurons of every cell, and what the cells share.
+    """Locate the neurons of every cell, what the cells share, and what they would share anyway.
 
     Each side goes through the model once: a benign side that several cells have in common is not
     run again (with ``attribution`` it is). What is kept is one statistic a side, whatever the
@@ -145,13 +156,21 @@ def locate_grid(
     benign ones too, are given in each; a common benign side finds what is peculiar to a language as
     well.
 
+    Units that are busy in any text agree beyond chance whatever the prompts are. So the same is
+    done with one half of each cell's benign prompts in the place of the harmful ones: agreement no
+    larger than this placebo's says nothing about safety. It costs no pass, as the halves add up.
+    There is none for ``attribution`` and ``snip``, and where cells have benign prompts in common.
+
     Args:
         model: A causal language model with a known layout.
         tokenizer: Its tokenizer, with a chat template.
         cells: Two or more; prompts that a side holds twice count once.
         method: One of ``safeft.locators.METHODS``.
+        fill: Without it a cell's set is Precise Shield's: the top of harmful without the top of
+            benign. With it, places of units passed over go to the next best, who are often those
+            that are busy in any text.
         at_least: In how many cells a neuron has to be to count as shared; by default in all.
-        **settings: Those of :func:`safeft.locators.locate`: ``fraction``, ``batch_size``, ...
+        **settings: Others of :func:`safeft.locators.locate`: ``fraction``, ``batch_size``, ...
 
     Returns:
         The grid. Where a method passes over the units top in utility, chance draws from the others
@@ -168,18 +187,47 @@ def locate_grid(
         ...     "en/text": (["How do I pick a lock?"], ["How do I bake bread?"]),
         ...     "it/text": (["Come scasso una serratura?"], ["Come faccio il pane?"]),
         ... }, fraction=0.05)
-        >>> grid.agreement.p_value, grid.shared  # doctest: +SKIP
+        >>> grid.agreement.shared, grid.agreement.p_value, grid.placebo.shared  # doctest: +SKIP
     """
     ready = _checked(cells)
     if at_least is not None and not 2 <= at_least <= len(ready):
         raise ConfigError(
             f"at_least={at_least}, but there are {len(ready)} cells. Give 2 to {len(ready)}."
         )
-    seen: Seen | None = None if method == "attribution" else {}
-    sets = {}
+    seen: Seen = {}
+    settings |= {"method": method, "fill": fill}
+    own = len({prompts_hash(benign) for _, benign in ready.values()}) == len(ready)
+    halved = own and method in _ADDING and all(len(benign) > 1 for _, benign in ready.values())
+    without, sets = {}, {}
     for name, (harmful, benign) in progress(ready.items(), "cells"):
-        sets[name] = locate(model, tokenizer, harmful, benign, method=method, seen=seen, **settings)
-    return Grid.of(sets, at_least, _pool(next(iter(sets.values()))))
+        if halved:
+            without[name] = _placebo(model, tokenizer, benign, seen, settings)
+        known = None if method == "attribution" else seen
+        sets[name] = locate(model, tokenizer, harmful, benign, seen=known, **settings)
+    pool = _pool(next(iter(sets.values())))
+    placebo = overlap(list(without.values()), at_least, pool) if halved else None
+    return Grid.of(sets, at_least, pool, placebo)
+
+
+def _placebo(
+    model: PreTrainedModel,
+    tokenizer: Reader,
+    benign: Sequence[Prompt],
+    seen: Seen,
+    settings: Mapping[str, Any],
+) -> NeuronSet:
+    """What is located between halves of a benign side; the side itself counts as seen after it."""
+    halves: Seen = {}
+    try:
+        found = locate(model, tokenizer, benign[::2], benign[1::2], seen=halves, **settings)
+    except SelectionError:  # The halves agree in every unit; other reasons the cell itself meets.
+        found = NeuronSet.of(model, {})
+    parts = [
+        Statistics({tuple("benign" if k == side else k for k in key): v for key, v in each.items()})
+        for (side, _), each in halves.items()
+    ]
+    seen["benign", prompts_hash(benign)] = merged(parts)
+    return found
 
 
 def _checked(cells: Cells) -> dict[str, tuple[list[Prompt], list[Prompt]]]:

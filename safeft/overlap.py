@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, reduce
 from itertools import combinations
 from operator import or_
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ class Overlap:
         """For JSON, the Jaccard index included."""
         return {**asdict(self), "jaccard": self.jaccard}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What :meth:`to_dict` made."""
+        known = {name: value for name, value in data.items() if name != "jaccard"}
+        return cls(**{**known, "sizes": tuple(data["sizes"])})
+
 
 def overlap(
     sets: Sequence[NeuronSet],
@@ -89,7 +95,7 @@ def overlap(
     if at_least == len(sets):
         by_chance = in_all(strata)
         expected = float(by_chance @ torch.arange(len(by_chance), dtype=torch.double))
-        p_value = float(by_chance[count:].sum())
+        p_value = float(by_chance[count:].sum()) if count else 1.0
     else:
         shares = [(units, _chance_of_one(units, sizes, at_least)) for units, sizes in strata]
         expected = sum(units * share for units, share in shares)

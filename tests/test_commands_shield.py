@@ -48,6 +48,7 @@ def shield(place: Path, out: Path, *more: str, **changed: str) -> int:
         "benign": str(place / "benign.csv"),
         "output_dir": str(out),
         "fraction": "0.25",
+        "fill": "true",
         **changed,
     }
     pairs = [text for name, value in given.items() for text in (f"--{name}", value)]
@@ -63,11 +64,12 @@ def test_sets_figures_picture_and_table(place: Path, tmp_path: Path, capsys: Any
         f"{language}/text": tuple([f"{word} {'x' * n}?" for n in range(12)] for word in words)
         for language, words in WORDS.items()
     }
-    expected: Any = locate_grid(tiny_model(), tiny_tokenizer(), sides, fraction=0.25)  # type: ignore
+    expected: Any = locate_grid(tiny_model(), tiny_tokenizer(), sides, fraction=0.25, fill=True)  # type: ignore
     assert grid.to_dict() == expected.to_dict()
     assert (tmp_path / "overlap.svg").is_file()
     assert "en/text and it/text" in shown
     assert "3 of 3 cells" in shown
+    assert "placebo, benign only" in shown
     share = trained_share(tiny_model(), grid.shared)
     assert f"train_only of the {len(grid.shared)} shared neurons trains {share:.4%}" in shown
     assert not (tmp_path / "tuned").exists()
@@ -317,7 +319,7 @@ def test_a_pair_of_tables_for_each_cell_and_tuning_on_pictures(tmp_path: Path) -
         "--harmful", str(tmp_path / "tables/{cell}_harmful.csv"),
         "--benign", str(tmp_path / "tables/{cell}_benign.csv"),
         "--output_dir", str(tmp_path / "out"), "--safety_data", str(tmp_path / "pairs.csv"),
-        "--learning_rate", "0.01", "--max_new_tokens", "4",
+        "--learning_rate", "0.01", "--max_new_tokens", "4", "--at_least", "2",
     ]  # fmt: skip
     assert main(["shield", *arguments, "--tune_on", "en/image", "--cells", *cells]) == 0
     found = json.loads((tmp_path / "out/transfer.json").read_text())

@@ -14,7 +14,7 @@ from safeft.grid import Grid, locate_grid
 from safeft.locators import METHODS
 from safeft.locators.scores import Moments
 from safeft.overlap import overlap
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
 LANGUAGES = ("en", "it", "vi", "zz")
@@ -22,6 +22,9 @@ LANGUAGES = ("en", "it", "vi", "zz")
 
 def prompts(language: str, side: str, count: int = 5) -> list[str]:
     return [f"{language}: {side} request {number} {'x' * number}" for number in range(count)]
+
+
+FILLED: dict[str, Any] = {"fraction": 0.2, "fill": True}
 
 
 def cells_of(names: Any, common_benign: bool = False) -> dict[str, Any]:
@@ -58,7 +61,7 @@ EIGHT = [f"{language}/{kind}" for language in LANGUAGES for kind in ("text", "im
 def test_eight_cells_cost_eight_passes_over_their_data() -> None:
     cells = cells_of(EIGHT)
     with Counting(MODEL) as seen:
-        grid = locate_grid(MODEL, TOKENIZER, cells, fraction=0.2, batch_size=2)
+        grid = locate_grid(MODEL, TOKENIZER, cells, batch_size=2, **FILLED)
     assert seen.rows == 8 * (5 + 4)  # each prompt once
     assert seen.passes == 8 * (3 + 2)  # batches of two
     assert list(grid.sets) == EIGHT
@@ -68,10 +71,10 @@ def test_eight_cells_cost_eight_passes_over_their_data() -> None:
 def test_a_common_benign_side_is_run_once() -> None:
     cells = cells_of(EIGHT, common_benign=True)
     with Counting(MODEL) as seen:
-        grid = locate_grid(MODEL, TOKENIZER, cells, fraction=0.2, batch_size=2)
+        grid = locate_grid(MODEL, TOKENIZER, cells, batch_size=2, **FILLED)
     assert seen.rows == 8 * 5 + 4
     for name, (harmful, benign) in cells.items():
-        alone = locate(MODEL, TOKENIZER, harmful, benign, method="contrast", fraction=0.2)
+        alone = locate(MODEL, TOKENIZER, harmful, benign, method="contrast", **FILLED)
         assert grid.sets[name].indices == alone.indices
         assert dict(grid.sets[name].source) == dict(alone.source)
 
@@ -79,7 +82,7 @@ def test_a_common_benign_side_is_run_once() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_each_cell_is_what_locate_finds(method: Any) -> None:
     cells = cells_of(["en/text", "zz/text"], common_benign=True)
-    given: dict[str, Any] = {"method": method, "fraction": 0.2, "sites": "all"}
+    given: dict[str, Any] = {"method": method, "sites": "all", **FILLED}
     if method == "attribution":
         given["openings"] = ["No"]
     grid = locate_grid(MODEL, TOKENIZER, cells, **given)
@@ -121,6 +124,47 @@ def test_figures_are_those_of_the_sets() -> None:
     grid.shared.check_model(MODEL)
 
 
+def test_without_fill_a_cell_is_top_of_harmful_without_top_of_benign() -> None:
+    cells = cells_of(["en", "zz"])
+    plain = locate_grid(MODEL, TOKENIZER, cells, fraction=0.25)
+    filled = locate_grid(MODEL, TOKENIZER, cells, fraction=0.25, fill=True)
+    for name, each in plain.sets.items():
+        assert 0 < len(each) < len(filled.sets[name]) == 24
+        assert len(each - filled.sets[name]) == 0
+
+
+def test_a_placebo_of_benign_halves_costs_no_pass() -> None:
+    cells = cells_of(["en", "zz"])
+    with Counting(MODEL) as seen:
+        grid = locate_grid(MODEL, TOKENIZER, cells, **FILLED)
+    assert seen.rows == 2 * (5 + 4)
+    halves = [
+        locate(MODEL, TOKENIZER, benign[::2], benign[1::2], method="contrast", **FILLED)
+        for _, benign in cells.values()
+    ]
+    assert grid.placebo == overlap(halves, pool=grid.pool)
+    for name, (harmful, benign) in cells.items():
+        alone = locate(MODEL, TOKENIZER, harmful, benign, method="contrast", **FILLED)
+        assert grid.sets[name].hash == alone.hash  # the halves add up to the side
+
+
+def test_where_there_is_no_placebo() -> None:
+    cells = cells_of(["en", "zz"])
+    common = cells_of(["en", "zz"], common_benign=True)
+    single = {name: (harmful, benign[:1]) for name, (harmful, benign) in cells.items()}
+    for given, settings in ((common, {}), (single, {}), (cells, {"method": "snip"})):
+        assert locate_grid(MODEL, TOKENIZER, given, **settings, **FILLED).placebo is None
+
+
+def test_halves_that_agree_make_an_empty_placebo() -> None:
+    cells = {name: (harmful, [benign[0], f"{benign[0]} "]) for name, (harmful, benign) in
+             cells_of(["en", "zz"]).items()}  # fmt: skip
+    tokenizer = tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("content']", "content']|trim"))
+    grid = locate_grid(MODEL, tokenizer, cells, fraction=0.25)
+    assert grid.placebo is not None
+    assert grid.placebo.sizes == (0, 0)
+
+
 def test_chance_draws_from_the_units_that_were_not_passed_over() -> None:
     grid = locate_grid(MODEL, TOKENIZER, cells_of(["en", "zz"]), fraction=0.25)
     assert grid.pool["model.layers.0.mlp"] == 48 - 12
@@ -128,7 +172,7 @@ def test_chance_draws_from_the_units_that_were_not_passed_over() -> None:
         MODEL, TOKENIZER, cells_of(["en", "zz"]), fraction=0.25, utility_fraction=0.5
     )
     assert half.pool["model.layers.0.mlp"] == 24
-    most = locate_grid(MODEL, TOKENIZER, cells_of(["en", "zz"]), fraction=0.75)
+    most = locate_grid(MODEL, TOKENIZER, cells_of(["en", "zz"]), fraction=0.75, fill=True)
     assert most.pool["model.layers.0.mlp"] == 36  # the places of those passed over are filled
     for settings in ({"method": "variance"}, {"scope": "global"}):
         assert not locate_grid(MODEL, TOKENIZER, cells_of(["en", "zz"]), **settings).pool
@@ -206,7 +250,7 @@ def test_prompts_given_twice_count_once(caplog: pytest.LogCaptureFixture) -> Non
     cells = cells_of(["en", "zz"])
     twice = {name: (harmful * 2, benign) for name, (harmful, benign) in cells.items()}
     with caplog.at_level(logging.WARNING), Counting(MODEL) as seen:
-        found = locate_grid(MODEL, TOKENIZER, twice)
+        found = locate_grid(MODEL, TOKENIZER, twice, **FILLED)
     assert "5 of 10 harmful prompts are there twice" in caplog.text
     assert seen.rows == 2 * (5 + 4)
-    assert found.to_dict() == locate_grid(MODEL, TOKENIZER, cells).to_dict()
+    assert found.to_dict() == locate_grid(MODEL, TOKENIZER, cells, **FILLED).to_dict()

@@ -459,7 +459,7 @@ def test_the_source_tells_how_and_on_what() -> None:
 
 
 def test_hashes_cover_images_and_are_as_before_without() -> None:
-    hash_of = safeft.locators._hash
+    hash_of = safeft.locators.prompts_hash
     plain = as_prompts([{"prompt": "Hi", "response": "No"}])
     rows = [[[{"role": "user", "content": "Hi"}], "No"]]
     assert hash_of(plain) == sha256(json.dumps(rows, sort_keys=True).encode())

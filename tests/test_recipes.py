@@ -82,13 +82,14 @@ def test_precise_shield(workplace: Path) -> None:
     assert len(script.read_text().splitlines()) <= 150
     shown = run(workplace, str(script), *config)
     assert "shared by all 2 languages" in shown
+    assert "in the placebo" in shown
     assert "EXACT: everything but" in shown
-    assert "zz/text: harmful refused" in shown
+    assert "polite/text: harmful refused" in shown
     out = workplace / "runs/smoke/precise_shield"
     found = json.loads((out / "transfer.json").read_text())
-    assert found["en/text"]["before"]["refusal"]["total"] == 16
+    assert found["plain/text"]["before"]["refusal"]["total"] == 16
     figures = json.loads((out / "grid/overlap.json").read_text())
-    assert list(figures["cells"].values()) == [round(0.1 * 512) * 5] * 2
+    assert all(0 < count < round(0.1 * 512) * 5 for count in figures["cells"].values())
     certificate = json.loads((out / "safeft_certificate.json").read_text())
     assert certificate["neurons"]["count"] == figures["shared"]["shared"]
     run(workplace, str(script), *config, "--control", "true", "--output_dir", "runs/control")

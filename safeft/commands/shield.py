@@ -60,7 +60,7 @@ class ShieldConfig:
     )
     count: int | None = field(default=None, metadata={"help": "Number of units instead."})
     fill: bool = field(
-        default=True, metadata={"help": "Give places of units passed over to the next best."}
+        default=False, metadata={"help": "Give places of units passed over to the next best."}
     )
     sites: Literal["mlp", "attention", "all"] = field(
         default="mlp", metadata={"help": "MLP hidden units, attention heads, or both."}
@@ -305,13 +305,13 @@ def _tune(
 def _table(grid: Any, model: Any) -> str:
     from safeft.shield import trained_share
 
-    width = max(len(f"{a} and {b}") for a, b in grid.pairs) + 2
+    width = max(20, *(len(f"{a} and {b}") for a, b in grid.pairs)) + 2
     lines = [f"{'':<{width}}{'shared':>8}{'of':>8}{'Jaccard':>9}{'by chance':>11}{'p':>10}"]
     whole = f"{grid.agreement.at_least} of {len(grid.sets)} cells"
-    for label, found in [
-        *((f"{a} and {b}", each) for (a, b), each in grid.pairs.items()),
-        *([(whole, grid.agreement)] if len(grid.sets) > 2 else []),
-    ]:
+    rows = [(f"{a} and {b}", each) for (a, b), each in grid.pairs.items()]
+    rows += [(whole, grid.agreement)] if len(grid.sets) > 2 else []
+    rows += [] if grid.placebo is None else [("placebo, benign only", grid.placebo)]
+    for label, found in rows:
         lines.append(
             f"{label:<{width}}{found.shared:>8}{found.union:>8}{found.jaccard:>9.2f}"
             f"{found.expected:>11.1f}{found.p_value:>10.1g}"

@@ -270,7 +270,9 @@ def score(
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
-    places: dict[Side, tuple[Side, str]] = {s: (s, _hash(prompts)) for s, prompts in sides.items()}
+    places: dict[Side, tuple[Side, str]] = {
+        s: (s, prompts_hash(prompts)) for s, prompts in sides.items()
+    }
     known = [seen[place] for place in places.values() if place in seen] if seen else []
     for side, prompts in sides.items():
         if seen and places[side] in seen:
@@ -390,7 +392,8 @@ def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
 
 def _calibration(sides: Mapping[Side, Sequence[Prompt]]) -> dict[str, Any]:
     return {
-        side: {"count": len(prompts), "sha256": _hash(prompts)} for side, prompts in sides.items()
+        side: {"count": len(prompts), "sha256": prompts_hash(prompts)}
+        for side, prompts in sides.items()
     }
 
 
@@ -402,8 +405,8 @@ def _same(harmful: Sequence[Prompt], benign: Sequence[Prompt]) -> bool:
     return next(either) == next(either)
 
 
-def _hash(prompts: Sequence[Prompt]) -> str:
-    """Of all that is said and shown; images count by their pixels, which are not kept."""
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of all that is said and shown; images count by their pixels, which are not kept."""
     rows = [[p.record, p.response] for p in prompts]
     return sha256(json.dumps(rows, sort_keys=True).encode())
 
