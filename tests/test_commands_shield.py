@@ -319,7 +319,7 @@ def test_a_pair_of_tables_for_each_cell_and_tuning_on_pictures(tmp_path: Path) -
         "--harmful", str(tmp_path / "tables/{cell}_harmful.csv"),
         "--benign", str(tmp_path / "tables/{cell}_benign.csv"),
         "--output_dir", str(tmp_path / "out"), "--safety_data", str(tmp_path / "pairs.csv"),
-        "--learning_rate", "0.01", "--max_new_tokens", "4", "--at_least", "2",
+        "--learning_rate", "0.01", "--max_new_tokens", "4", "--fill",
     ]  # fmt: skip
     assert main(["shield", *arguments, "--tune_on", "en/image", "--cells", *cells]) == 0
     found = json.loads((tmp_path / "out/transfer.json").read_text())
