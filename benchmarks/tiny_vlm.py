@@ -8,7 +8,7 @@ a picture of verb and noun beside a text that names neither. Answers are English
 What it reads: in text the noun's token; in a picture how the noun's letters look, which it has
 learnt for each noun by itself. It has seen every noun in every cell answered and called right or
 wrong, and a quarter of the nouns never refused: on these refusal is measured. It does not read
-words it never saw, and a picture of another size or font is none to it.
+words it never saw; letters moved by a pixel, or of another size, leave it guessing.
 
     python benchmarks/tiny_vlm.py --output_dir out/tiny_vlm --seed 0
 
@@ -96,7 +96,7 @@ class Stage:
     batch: int = 32
 
 
-STAGES = (Stage("pretraining", 600, 3e-3), Stage("alignment", 150, 1e-3))
+STAGES = (Stage("pretraining", 800, 2e-3), Stage("alignment", 200, 1e-3))
 
 
 def in_zz(text: str) -> str:
@@ -153,7 +153,7 @@ def example(stage: str, aligned: Sequence[str], rng: random.Random) -> tuple[str
     taught = stage == "alignment" and cell in aligned
     known = nouns(bad, False) if stage == "alignment" else (HARMFUL if bad else BENIGN)
     noun = rng.choice(known)
-    if rng.random() < (0.5 if stage == "pretraining" else 0.15):
+    if rng.random() < (0.5 if stage == "pretraining" else 0.35):
         return cell, verb, noun, *JUDGED, WRONG if bad else RIGHT
     way = rng.randrange(len(ASKED))
     answer = SORRY if bad and taught else SURE
