@@ -75,7 +75,7 @@ def torchrun(processes: int) -> list[str]:
 
 
 def launch(
-    engine: str, folder: Path, cells: Sequence[Cell], processes: int = 2, timeout: int = 420
+    engine: str, folder: Path, cells: Sequence[Cell], processes: int = 2, timeout: int = 600
 ) -> dict[str, list[dict[str, Any]]]:
     """Train all cells in one launch.
 
@@ -96,7 +96,7 @@ def launch(
 
 
 def start(
-    engine: str, folder: Path, cells: Sequence[Cell], processes: int = 2, timeout: int = 420
+    engine: str, folder: Path, cells: Sequence[Cell], processes: int = 2, timeout: int = 600
 ) -> subprocess.CompletedProcess[str]:
     """Run the worker on the cells, and come back when all processes have ended."""
     folder.mkdir(parents=True, exist_ok=True)
