@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import safeft
+from safeft import NeuronSet
 from safeft.commands import main
 from tests.models import tiny_model, tiny_tokenizer
+from tests.vlm import tiny_qwen2_vl
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +265,24 @@ def test_env(capsys) -> None:
     shown = capsys.readouterr().out
     assert "transformers" in shown
     assert "llama" in shown
+
+
+def test_sft_of_a_model_that_sees(place: Path, tmp_path: Path, capsys) -> None:
+    model, processor = tiny_qwen2_vl()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    sites = {"model.language_model.layers.0.mlp": [1], "model.visual.blocks.0.mlp": [2]}
+    NeuronSet.of(model, sites).save_pretrained(tmp_path / "neurons")
+    rows = [{"prompt": f"bake a {n}", "completion": "Well, do."} for n in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {
+        "model_name_or_path": tmp_path / "base", "dataset_name": tmp_path / "pairs.jsonl",
+        "protected": tmp_path / "neurons", "output_dir": tmp_path / "out", "max_steps": 2,
+        "use_cpu": True, "bf16": False, "report_to": "none", "prompt_column": "prompt",
+        "completion_column": "completion",
+    }  # fmt: skip
+    assert main(["sft", *(str(t) for k, v in given.items() for t in (f"--{k}", v))]) == 0
+    assert "EXACT" in capsys.readouterr().out
+    found = safeft.verify(tmp_path / "base", tmp_path / "out", str(tmp_path / "neurons"))
+    assert found.exact
+    assert len(found.slices) == 3 + 3  # gate, up, down; and fc1, its bias, fc2

@@ -86,7 +86,7 @@ def load_model(
         raise ConfigError(f"dtype={dtype!r} is none; use auto, float32, bfloat16 or float16.")
     try:
         base = _base_of(name)
-        sees = _sees_images(base or name)
+        sees = sees_images(base or name)
         if base is None:
             kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
             model: Any = kind.from_pretrained(name, dtype=dtype, **spread)
@@ -117,7 +117,8 @@ def _base_of(name: str) -> str | None:
     return json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
 
 
-def _sees_images(name: str) -> bool:
+def sees_images(name: str) -> bool:
+    """Whether a folder or hub name is a vision-language model's, by its config."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 

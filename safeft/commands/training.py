@@ -229,8 +229,14 @@ def run(
     ):
         if needed not in data:
             raise ConfigError(f"The data has no split {needed!r}; it has {list(data)}.")
+    from safeft.commands.loading import load_processor, sees_images
+
     try:
+        # TRL would ask transformers for the whole processor, which for some needs torchvision.
+        seeing = sees_images(model.model_name_or_path)
+        reader = {"processing_class": load_processor(model.model_name_or_path)} if seeing else {}
         trainer = trainer_class(
+            **reader,
             model=model.model_name_or_path,
             args=training,
             train_dataset=data[script.dataset_train_split],
