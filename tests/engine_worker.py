@@ -217,7 +217,7 @@ def broken(cell: Cell) -> ExitStack:
         stack.enter_context(patch.object(SafetyFreezeCallback, "_plan_again", before))
     elif cell.broken == "mask_fill":
 
-        def mask(self: Any, number: int, dim: int, entries: Any) -> Any:
+        def mask(self: Any, number: int, *_: Any) -> Any:
             def hook(given: Any) -> Any:
                 self.fired[number] += 1
 
