@@ -112,9 +112,7 @@ def measure(size: str, tuning: str, device: str, pairs: int, steps: int) -> dict
     pin = Pin(plan.holds)
     pin.install(optimizer)
     slices = sum(
-        hold.parameter.element_size() * len(hold.entries) * hold.parameter.shape[1 - hold.dim]
-        for hold in plan.holds
-        if not hold.at_zero
+        hold.parameter.element_size() * hold.weights for hold in plan.holds if not hold.at_zero
     )
     frozen = peak()
     pin.remove()

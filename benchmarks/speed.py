@@ -79,16 +79,14 @@ class Steps:
         if neurons is None:
             return
         plan = make_plan(model, neurons)
-        self.slices_bytes = sum(
-            hold.parameter.index_select(hold.dim, hold.entries).nbytes for hold in plan.holds
-        )
+        self.slices_bytes = sum(hold.weights * hold.parameter.element_size() for hold in plan.holds)
         if way == "safeft":
-            self.pin = Pin(plan)
+            self.pin = Pin(plan.holds)
             self.pin.install(self.optimizer)
         else:
             for hold in plan.holds:
                 mask = torch.ones_like(hold.parameter)
-                mask.index_fill_(hold.dim, hold.entries, 0)
+                mask.index_fill_(1 if hold.axis == "columns" else 0, hold.entries, 0)
                 hold.parameter.register_hook(lambda grad, mask=mask: grad * mask)
 
     def step(self, ids: torch.Tensor) -> None:
