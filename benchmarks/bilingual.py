@@ -60,7 +60,7 @@ from safeft.grid import Grid, locate_grid
 from safeft.judge import PrefixJudge
 from safeft.measure import domain_loss
 from safeft.progress import progress
-from safeft.prompts import as_prompts, prompt_tokens
+from safeft.prompts import as_prompts, row_of
 from safeft.report.plots import by_arm
 from safeft.report.result import Spread
 from safeft.shield import control, measure_cells, trained_share, tune
@@ -206,7 +206,7 @@ def translations_found(model: Any, tokenizer: Any) -> float:
     for cell in cells_of("test").values():
         rows = []
         for prompt in as_prompts([*cell[0], *cell[1]]):
-            ids = torch.tensor([prompt_tokens(tokenizer, prompt)])
+            ids = torch.tensor([row_of(tokenizer, prompt).ids])
             layers = model(ids, output_hidden_states=True).hidden_states
             rows.append(layers[len(layers) // 2][0, -1])
         centred = torch.stack(rows) - torch.stack(rows).mean(0)
