@@ -358,7 +358,8 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
         same = same_bits(base[name].to(now[name].dtype), now[name])
         changed += int((~same & mask).sum())
         trained = cell.tuning == "full" or any(t in name for t in cell.targets or ("_proj",))
-        trained |= bool(cell.family) and base[name].ndim > 1  # LoRA trains no bias
+        if cell.family and cell.tuning == "lora":  # which trains matrices only
+            trained = not name.endswith(("bias", "sinks"))
         trained &= not ("norms" in cell.hold and "norm" in name)
         trained &= not cell.family or bool(mask.any())  # of a family, what neurons live in
         if trained and not mask.all() and name != "model.embed_tokens.weight":
