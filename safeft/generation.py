@@ -1,6 +1,7 @@
 """The model's own greedy answers to prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ from safeft.prompts import (
     row_of,
     tokenizer_of,
 )
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout inside; the mode of before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def generate(
@@ -63,9 +75,7 @@ def generate_tokens(
     padding = pad_token(tokenizer)
     answers: dict[int, list[int]] = {}
     every, first = (ranks(), rank()) if share else (1, 0)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for number, chosen in enumerate(progress(grouped(rows, batch_size), description)):
             if number % every != first:
                 continue
@@ -81,8 +91,6 @@ def generate_tokens(
             tails = output[:, batch.input_ids.shape[1] :].tolist()
             for index, ids in zip(chosen, tails, strict=True):
                 answers[index] = [token for token in ids if token != padding]
-    finally:
-        model.train(was_training)
     parts = gathered(answers) if every > 1 else [answers]
     found = {index: ids for part in parts for index, ids in part.items()}
     return [found[index] for index in range(len(prompts))]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError, PromptError
-from safeft.generation import generate
+from safeft.generation import evaluation_mode, generate
 from safeft.intervals import Rate
 from safeft.judge import Judge, as_judge
 from safeft.prompts import (
@@ -292,10 +292,5 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """No dropout and no gradients inside; the mode of before afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.no_grad():
+        yield

@@ -15,8 +15,6 @@ from safeft.weights import ModelWeights
 from tests.freezing import lora, trainer_of
 from tests.models import tiny_model, tiny_tokenizer
 
-pytest.importorskip("bitsandbytes")
-
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 NEURONS = {"model.layers.0.mlp": (1, 7, 30), "model.layers.1.self_attn": (2,)}
 UP = "model.layers.0.mlp.up_proj"

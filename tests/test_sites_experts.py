@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from safeft import find_sites, locate
 from safeft.capture import capture, silence
-from safeft.locators import ContrastFitter, VarianceFitter, locate_groups, score
+from safeft.locators import AttributionFitter, ContrastFitter, VarianceFitter, locate_groups, score
 from safeft.prompts import as_prompts, batches
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -76,6 +76,20 @@ def test_a_token_that_is_routed_elsewhere_counts_as_zero(
         torch.testing.assert_close(
             found.variance, rows[chosen].double().var(0), rtol=1e-4, atol=1e-6
         )
+
+
+def test_attribution_of_gathered_statistics_needs_no_batch_of_its_own(
+    model: PreTrainedModel,
+) -> None:
+    """As in a process that got no batch: all it has is what the others saw."""
+    sites: Any = find_sites(model, ("mlp",))
+    sides: Any = {"harmful": as_prompts(HARMFUL), "benign": as_prompts(BENIGN)}
+    openings = TOKENIZER("No")["input_ids"]
+    ran, idle = (AttributionFitter(model, sites, openings) for _ in range(2))
+    expected = score(ran, model, TOKENIZER, sides).safety
+    idle.statistics = ran.statistics
+    found = idle.scores().safety
+    assert all(torch.equal(found[name], expected[name]) for name in sites)
 
 
 @torch.no_grad()

@@ -194,8 +194,8 @@ class Pin:
     def _tensor_mask(self, number: int, held: Lines) -> Callable[[Tensor], Tensor]:
         def hook(gradient: Tensor) -> Tensor:
             self.fired[number] += 1
-            self._measure(held, gradient.contiguous())
             masked = gradient.clone(memory_format=torch.contiguous_format)
+            self._measure(held, masked)
             held.clear(masked)
             return masked
 

@@ -7,7 +7,6 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError, PromptError
 from safeft.files import sha256
-from safeft.generation import generate
+from safeft.generation import evaluation_mode, generate
 from safeft.locators.attribution import AttributionFitter
 from safeft.locators.contrast import ContrastFitter
 from safeft.locators.grouping import Grouping, GroupSizes, check_sizes, group
@@ -174,7 +173,7 @@ def locate(
     _check_sides(sides)
     settings: dict[str, Any] = {"sites": sites, "towers": list(towers), "seed": seed}
     settings |= asdict(selection)
-    with _evaluating(model):
+    with evaluation_mode(model):
         batching: dict[str, Any] = {
             "batch_size": batch_size,
             "max_length": max_length,
@@ -231,7 +230,7 @@ def locate_groups(
     check_sizes(found, sizes or GroupSizes())
     sides: dict[Side, list[Prompt]] = {"harmful": as_prompts(harmful), "benign": as_prompts(benign)}
     _check_sides(sides)
-    with _evaluating(model):
+    with evaluation_mode(model):
         scores = score(
             _fitter("variance", model, found, 0),
             model,
@@ -270,12 +269,11 @@ def score(
     if isinstance(fitter, RandomFitter):
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
-    places: dict[Side, tuple[Side, str]] = {
-        s: (s, prompts_hash(prompts)) for s, prompts in sides.items()
-    }
-    known = [seen[place] for place in places.values() if place in seen] if seen else []
+    # To hash prompts opens their images.
+    places = {} if seen is None else {s: (s, prompts_hash(p)) for s, p in sides.items()}
+    known = {side: seen[place] for side, place in places.items() if seen and place in seen}
     for side, prompts in sides.items():
-        if seen and places[side] in seen:
+        if side in known:
             continue
         ready = list(prompts)
         if fitter.needs_responses:
@@ -299,7 +297,7 @@ def score(
         for side, place in places.items():
             mine = {key: value for key, value in fitter.statistics.items() if side in key}
             seen.setdefault(place, Statistics(mine))
-        fitter.statistics = merged([fitter.statistics, *known])
+        fitter.statistics = merged([fitter.statistics, *known.values()])
     return fitter.scores()
 
 
@@ -409,13 +407,3 @@ def prompts_hash(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of all that is said and shown; images count by their pixels, which are not kept."""
     rows = [[p.record, p.response] for p in prompts]
     return sha256(json.dumps(rows, sort_keys=True).encode())
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel):  # noqa: ANN202
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

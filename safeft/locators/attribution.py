@@ -44,7 +44,6 @@ class AttributionFitter:
         self._openings = torch.tensor(sorted(set(openings)))
         self._prefix = tuple(prefix)
         self._by_inlet = {site.writes.inlet: site.name for site in sites.values()}
-        self._tail = 1
         self.statistics = Statistics(
             {
                 (kind, side, name): Moments()
@@ -69,7 +68,6 @@ class AttributionFitter:
             values.register_hook(lambda g: gather(name, "gradient", Seen(g, seen.places)))
 
         self.statistics.add(torch.tensor(len(chosen)), side, "prompts")
-        self._tail = batch.tail
         with input_gradients(self._model):
             with tap(self._model, [site.writes for site in self._sites.values()], observe):
                 logits = forward(self._model, batch)
@@ -97,7 +95,10 @@ class AttributionFitter:
             found = self.statistics.moments(kind, side, site.name)
             if site.writes.expert is not None:
                 prompts = int(self.statistics.total(side, "prompts"))
-                found = found.out_of(prompts, self._tail * site.units * site.width)
+                # Of a side that the expert was not run on, the other tells how many features.
+                sides = [self.statistics.moments(kind, s, site.name) for s in SIDES]
+                known = [len(seen.mean) for seen in sides if seen.count]
+                found = found.out_of(prompts, known[0] if known else site.units * site.width)
             return found.mean.unflatten(0, (-1, site.units, site.width))
 
         harmful, benign = mean("activation", "harmful"), mean("activation", "benign")

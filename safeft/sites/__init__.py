@@ -123,7 +123,7 @@ def check_type(model_type: str) -> None:
     raise UnsupportedModelError(
         f"There is no site rule for model type {model_type!r}, so its neurons cannot be named; "
         f"guessing would freeze the wrong weights. Supported: {known}. A new one is an entry in "
-        "safeft/sites.py and its proof in tests/families.py."
+        "safeft/sites/tables.py and its proof in tests/families.py."
     )
 
 
