@@ -86,7 +86,7 @@ def test_attribution_of_gathered_statistics_needs_no_batch_of_its_own(
     sides: Any = {"harmful": as_prompts(HARMFUL), "benign": as_prompts(BENIGN)}
     openings = TOKENIZER("No")["input_ids"]
     ran, idle = (AttributionFitter(model, sites, openings) for _ in range(2))
-    expected = score(ran, model, TOKENIZER, sides).safety
+    expected = score(ran, model, TOKENIZER, sides, batch_size=1).safety
     idle.statistics = ran.statistics
     found = idle.scores().safety
     assert all(torch.equal(found[name], expected[name]) for name in sites)

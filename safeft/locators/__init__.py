@@ -270,7 +270,9 @@ def score(
         return fitter.scores()
     every, first = (ranks(), rank()) if share else (1, 0)
     # To hash prompts opens their images.
-    places = {} if seen is None else {s: (s, prompts_hash(p)) for s, p in sides.items()}
+    places: dict[Side, tuple[Side, str]] = (
+        {} if seen is None else {s: (s, prompts_hash(p)) for s, p in sides.items()}
+    )
     known = {side: seen[place] for side, place in places.items() if seen and place in seen}
     for side, prompts in sides.items():
         if side in known:
