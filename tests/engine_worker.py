@@ -31,6 +31,7 @@ from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze import pin as pin_module  # noqa: E402
 from safeft.freeze.resume import last_complete  # noqa: E402
 from tests import fsdp_on_cpu  # noqa: E402
+from tests.ending import end  # noqa: E402
 from tests.engine_cell import Cell  # noqa: E402
 from tests.families import FAMILIES  # noqa: E402
 from tests.family import Family  # noqa: E402
@@ -383,10 +384,8 @@ def main(engine: str, folder: Path, cells: list[Cell]) -> None:
         (folder / cell.name).mkdir(parents=True, exist_ok=True)
         report = train(engine, folder, cell)
         (folder / cell.name / f"rank{rank}.json").write_text(json.dumps(report))
-    if torch.distributed.is_initialized():  # or gloo's threads may abort at the very end
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), [Cell(**cell) for cell in json.loads(sys.argv[3])])
+    end()

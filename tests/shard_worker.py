@@ -29,6 +29,7 @@ from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze.pin import Pin  # noqa: E402
 from safeft.freeze.plan import Hold  # noqa: E402
 from safeft.shards import check_offsets, live, read  # noqa: E402
+from tests.ending import end  # noqa: E402
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -135,9 +136,7 @@ def main(folder: Path) -> None:
     partial = refused(lambda: DTensor.from_local(torch.ones(2, 2), flat, [Partial()]))
     found["partial"] = {"right": "says of no row where it is" in partial}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end()
