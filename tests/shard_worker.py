@@ -137,6 +137,7 @@ def main(folder: Path) -> None:
     found["partial"] = {"right": "says of no row where it is" in partial}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
 
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     end()
