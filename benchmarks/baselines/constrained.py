@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from baselines import Method, Recipe, Setup
 from torch import Tensor
 from torch.nn import functional
+
+from baselines import Method, Recipe, Setup
 
 FIRST, NEXT, REST = 0.5, 2.0, 0.1
 

@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 
 from baselines import Method, Recipe, Setup
-
 from safeft.prompts import Prompt
 
 

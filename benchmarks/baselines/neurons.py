@@ -3,7 +3,6 @@
 from functools import partial
 
 from baselines import HELD, Method, Recipe, Setup
-
 from safeft import SafetyFreezeCallback, locate
 from safeft.locators import Method as Locator
 

@@ -6,15 +6,14 @@ components of ``W C`` with the smallest singular values become the adapter. Trai
 anywhere, which is what a basis that is held does not let it.
 """
 
-import copy
 import dataclasses
 import sys
 from typing import Any
 from unittest import mock
 
-from baselines import Method, Recipe, Setup
-from peft import CordaConfig
+from peft.tuners.lora.config import CordaConfig
 
+from baselines import Method, Recipe, Setup
 from safeft.measure import evaluating
 from safeft.prompts import batches
 
@@ -26,7 +25,6 @@ def recipe(setup: Setup, value: float) -> Recipe:
         # PEFT takes one decorator from attrs, which it does not install; the standard one will do.
         with mock.patch.dict(sys.modules, {"attr": sys.modules.get("attr", dataclasses)}):
             from peft.tuners.lora.corda import preprocess_corda
-        from peft.utils import get_peft_model_state_dict  # noqa: F401
 
         def run() -> None:
             with evaluating(model):

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from baselines import Method, Recipe, Setup, hold_whole, linears
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 
+from baselines import Method, Recipe, Setup, hold_whole, linears
 from safeft.measure import evaluating
 from safeft.prompts import batches
 
@@ -30,9 +30,11 @@ class Rotated(nn.Module):
         self.register_buffer("basis", basis, persistent=False)
 
     def forward(self, coefficients: Tensor) -> Tensor:
+        """The weight."""
         return coefficients @ self.basis.mT
 
     def right_inverse(self, weight: Tensor) -> Tensor:
+        """Its coefficients."""
         return weight @ self.basis
 
 
@@ -51,6 +53,7 @@ class Restore(TrainerCallback):
             self.kept.append((found, mask, found.detach()[mask].clone()))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the step: put them back."""
         with torch.no_grad():
             for parameter, mask, values in self.kept:
                 parameter[mask] = values

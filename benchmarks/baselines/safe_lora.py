@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from baselines import Method, Recipe, Setup, linears
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from baselines import Method, Recipe, Setup, linears
 from safeft.prompts import Prompt, batches
 
 _STEPS, _BATCH, _RATE = 60, 16, 3e-4

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from baselines import Method, Recipe, Setup
 from torch import Tensor
 
+from baselines import Method, Recipe, Setup
 from safeft.measure import evaluating
 from safeft.prompts import Prompt, batches
 from safeft.sites import blocks_of

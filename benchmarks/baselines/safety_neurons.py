@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from baselines import HELD, Method, Recipe, Setup
 from torch import Tensor
 
+from baselines import HELD, Method, Recipe, Setup
 from safeft import NeuronSet, SafetyFreezeCallback
 from safeft.capture import capture
 from safeft.measure import evaluating
@@ -28,16 +28,14 @@ from safeft.sites import Site, find_sites
 def frozen(setup: Setup, value: float, robust: bool) -> Recipe:
     """Freeze ``N_safe``, or ``N_robust``."""
     sites = find_sites(setup.base)
-    sides = (setup.testbed.harmful, setup.testbed.benign)
-    safe, found = (
-        common(setup, sites, side["calibration"], value) for side in sides[: 1 + robust]
-    ) if robust else (common(setup, sites, sides[0]["calibration"], value), {})
-    indices = {
-        name: tuple(sorted(set(units) - set(found.get(name, ())))) for name, units in safe.items()
-    }
+    safe = common(setup, sites, setup.testbed.harmful["calibration"], value)
+    if robust:
+        found = common(setup, sites, setup.testbed.benign["calibration"], value)
+        safe = {name: tuple(set(units) - set(found[name])) for name, units in safe.items()}
+    indices = {name: tuple(sorted(units)) for name, units in safe.items() if units}
     neurons = NeuronSet.of(
         setup.base,
-        {name: units for name, units in indices.items() if units},
+        indices,
         {"method": "rsn-tune style" if robust else "sn-tune style", "fraction": value},
     )
     return Recipe(setup.rows, setup.learning_rate, [SafetyFreezeCallback(neurons, hold=HELD)])

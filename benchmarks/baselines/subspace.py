@@ -1,1 +1,3 @@
+"""Directions held."""
+
 METHODS = ()

@@ -1,16 +1,17 @@
-"""A pull back to the base: each step takes a part of the distance from it away (L2-SP, decoupled).
+"""A pull back to the base: each step takes away a part of the distance from it (L2-SP, decoupled).
 
-Li et al., ICML 2018 ("Explicit Inductive Bias for Transfer Learning"): ``lambda / 2 norm(W - W0)^2``
-beside the loss; taken out of Adam's scaling as AdamW takes weight decay, so that ``lambda`` means
-the same for every weight.
+Li et al., ICML 2018 ("Explicit Inductive Bias for Transfer Learning"): beside the loss
+``lambda / 2 norm(W - W0)^2``; taken out of Adam's scaling as AdamW takes weight decay, so that
+``lambda`` means the same for every weight.
 """
 
 from typing import Any
 
 import torch
-from baselines import Method, Recipe, Setup
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from baselines import Method, Recipe, Setup
 
 
 class Pull(TrainerCallback):
@@ -26,6 +27,7 @@ class Pull(TrainerCallback):
         self.start = [(parameter, parameter.detach().clone()) for parameter in trained]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called after the step: go back a part of the way."""
         with torch.no_grad():
             for parameter, start in self.start:
                 parameter.lerp_(start, self.strength)
