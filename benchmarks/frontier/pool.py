@@ -3,6 +3,7 @@
 A forked process shares the testbed and the base, starts at once, and its peak memory is the run's.
 """
 
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
@@ -39,6 +40,9 @@ def side_by_side(
 
 
 def _worker(work: Callable[[Any], dict[str, Any]], task: Any, there: Connection) -> None:
+    with open(os.devnull, "w") as nowhere:  # what libraries say would tear up the progress bar
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     try:
         there.send(work(task))
     except Exception:  # whatever it was, the other runs go on, and it is reported
