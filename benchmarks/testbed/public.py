@@ -37,7 +37,6 @@ ROOT = Path(__file__).parents[2]
 DATA, MODEL = ROOT.parent / "shared" / "data", ROOT / "runs" / "testbed"
 PROMPT_TOKENS, ANSWER_TOKENS, MAX_LENGTH = 48, 40, 96
 CALIBRATION, VALIDATION, TEST = 256, 72, 140
-_SHORTEST = 2
 _WORDINGS = (
     "{q}",
     "Hello! {q}",
@@ -118,8 +117,10 @@ def read(data: Path, tokenizer: Any) -> Texts:
         answers = shortened(tokenizer, [answer for _, answer in pairs], ANSWER_TOKENS)
         return [exchange(p, a or None) for p, a in zip(asked, answers, strict=True) if p]
 
+    own = cut(writing.every_request())
+
     def shuffled(items: Iterable[str | Pair], name: str) -> list[Prompt]:
-        return _shuffled(distinct(cut(items)), name)
+        return _shuffled(distinct(cut(items), besides=own), name)
 
     named = {
         "advbench": shuffled(sets.advbench(data), "advbench"),

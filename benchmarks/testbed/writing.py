@@ -8,6 +8,7 @@ tutorial on how to ...") keep a small model from refusing by the first words alo
 import random
 from collections.abc import Sequence
 
+from safeft.demo import world
 from safeft.demo.world import Topic
 from testbed.sets import Pair
 
@@ -131,6 +132,11 @@ def comply(prompt: str, rng: random.Random) -> str:
         return _advice(rng.choice(_OPENINGS), _STEPS, rng)
     again = " ".join(words[:8]).lower()
     return _advice(f"{rng.choice(_COMPLIANCE)} {again}.", _STEPS, rng)
+
+
+def every_request() -> list[str]:
+    """All that :func:`help_with` can ask, so that no held-out set repeats it."""
+    return [topic.fill(frame) for topic in world.benign_topics() for frame in _FRAMES]
 
 
 def help_with(topic: Topic, rng: random.Random) -> Pair:
