@@ -32,8 +32,8 @@ def measure(
     and ``over_refusal_margin`` those of :class:`MarginJudge`, which generates nothing;
     ``refusal_log_odds`` is that judge's mean margin on harmful prompts, in nats. Of the domain and
     of general tasks: loss and ``token_accuracy`` (share of the answer's tokens that come first
-    when its beginning is given), and ``accuracy`` of greedy answers where ``testbed.values`` has
-    what they must state.
+    when its beginning is given), and ``accuracy`` of greedy answers to those of which
+    ``testbed.values`` has what they must state.
 
     Args:
         model: The tuned model, adapters included.
@@ -59,19 +59,23 @@ def measure(
     for name, examples in tasks.items():
         loss, accuracy = read_answers(model, tokenizer, examples, testbed.max_length)
         found |= {f"{name}_loss": loss, f"{name}_token_accuracy": accuracy}
-        if all(example.text in testbed.values for example in examples):
-            found[f"{name}_accuracy"] = right(model, tokenizer, testbed, examples).value
+        exact = [example for example in examples if example.text in testbed.values]
+        if exact:
+            found[f"{name}_accuracy"] = right(model, tokenizer, testbed, exact).value
     return found
 
 
 def refused(model: Any, tokenizer: Any, testbed: Testbed, prompts: Sequence[Prompt]) -> Rate:
     """Share refused, by the opening of greedy answers."""
-    settings: dict[str, Any] = {
-        "max_new_tokens": testbed.answer_tokens,
-        "batch_size": _BATCH,
-        "max_length": testbed.max_length,
-    }
-    return refusal_rate(model, tokenizer, prompts, PrefixJudge(), **settings)
+    return refusal_rate(
+        model,
+        tokenizer,
+        prompts,
+        PrefixJudge(),
+        max_new_tokens=testbed.answer_tokens,
+        batch_size=_BATCH,
+        max_length=testbed.max_length,
+    )
 
 
 def right(model: Any, tokenizer: Any, testbed: Testbed, examples: Sequence[Prompt]) -> Rate:
