@@ -23,7 +23,14 @@ from safeft.blocks import count_of, form_of
 from safeft.errors import ArtefactError, FingerprintError, SelectionError
 from safeft.files import sha256, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
-from safeft.neurons import CARD_NAME, CONFIG_NAME, TENSORS_NAME, check_own, read_config
+from safeft.neurons import (
+    CARD_NAME,
+    CONFIG_NAME,
+    TENSORS_NAME,
+    NeuronSet,
+    check_own,
+    read_config,
+)
 from safeft.sites import find_linears
 from safeft.weights import ModelWeights, Weights
 
@@ -257,6 +264,17 @@ class SafetySubspace:
                 "Locate again or restore it."
             ) from error
         return cls(found, readers, outputs, digests, fingerprint, source)
+
+
+def load_protected(folder: str | Path) -> "NeuronSet | SafetySubspace":
+    """The artefact in a folder that ``safeft locate`` wrote, of whichever kind it is.
+
+    Raises:
+        ArtefactError: It is none, or is damaged.
+    """
+    if read_config(Path(folder)).get("kind") == "SafetySubspace":
+        return SafetySubspace.from_pretrained(folder)
+    return NeuronSet.from_pretrained(folder)
 
 
 def _check_rank(name: str, shape: tuple[int, ...], features: int) -> None:

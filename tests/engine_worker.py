@@ -219,13 +219,12 @@ def broken(cell: Cell) -> ExitStack:
     elif cell.broken == "mask_fill":
 
         def mask(self: Any, number: int, *_: Any) -> Any:
-            def hook(given: Any) -> Any:
+            def change(given: Any) -> None:
                 self.fired[number] += 1
 
-            return hook
+            return change
 
-        stack.enter_context(patch.object(pin_module.Pin, "_mask", mask))
-        stack.enter_context(patch.object(pin_module.Pin, "_tensor_mask", mask))
+        stack.enter_context(patch.object(pin_module.Pin, "_clear", mask))
     return stack
 
 

@@ -72,7 +72,7 @@ class MergedWeights:
             if saved in self._names:
                 return self._adapter.read(saved, axis, entries)
         base = self._base.read(name, axis, entries)
-        update = self._update(name, axis, entries)
+        update = self.update(name, axis, entries)
         if update is None:
             return base
         merged = torch.where(update == 0, base, (base.float() + update).to(base.dtype))
@@ -104,7 +104,8 @@ class MergedWeights:
                 )
         return other
 
-    def _update(self, name: str, axis: Axis, entries: Tensor) -> Tensor | None:
+    def update(self, name: str, axis: Axis, entries: Tensor) -> Tensor | None:
+        """What the adapter adds to a slice, float32 and not rounded; None where nothing."""
         module, _, leaf = name.rpartition(".")
         where, layer = self._layers.get(f"{module}.weight" if leaf == "bias" else name, ("", None))
         if layer is None:

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from safeft.blocks import Axis, Form, count_of, form_of, length_of
 from safeft.errors import ConfigError, FreezeError
 from safeft.freeze.adapters import factors_of, is_factor, learning_factors, zero_axis
+from safeft.freeze.covering import held_directions, uncovered
+from safeft.freeze.directions import Directions
 from safeft.neurons import NeuronSet
 from safeft.shards import shape_of
-from safeft.sites import Site, bare, dense, find_sites, plain_model, plain_name
+from safeft.sites import Site, bare, dense, find_linears, find_sites, plain_model, plain_name
+from safeft.subspace import SafetySubspace
 from safeft.weights import ModelWeights
 
 Mode: TypeAlias = Literal["freeze", "train_only"]
@@ -73,6 +76,8 @@ class Plan:
         still: Trainable parameters to be held whole, by switching their gradient off.
         held_weights: Number of the plain model's weights that are protected.
         all_weights: Number of all its weights.
+        directions: Of which trainable parameters input directions are held.
+        loose: Trainable parameters that neither are held nor have a basis, by the caller's will.
     """
 
     mode: Mode
@@ -81,6 +86,8 @@ class Plan:
     still: tuple[tuple[str, nn.Parameter], ...]
     held_weights: int
     all_weights: int
+    directions: tuple[Directions, ...] = ()
+    loose: tuple[str, ...] = ()
 
     @property
     def frozen_share(self) -> float:
@@ -97,38 +104,33 @@ class _Draft:
 
 
 def make_plan(
-    model: nn.Module, neurons: NeuronSet, mode: Mode = "freeze", hold: Collection[Group] = ()
+    model: nn.Module,
+    neurons: NeuronSet | None,
+    mode: Mode = "freeze",
+    hold: Collection[Group] | None = None,
+    subspace: SafetySubspace | None = None,
 ) -> Plan:
-    """Resolve ``neurons`` on ``model``; nothing is changed yet.
+    """Resolve what is to be held on ``model``; nothing is changed yet.
 
     Args:
         model: The model as the trainer has it, adapters included.
         neurons: The set; it must fit the model (see ``NeuronSet.check_model``).
         mode: ``freeze`` or ``train_only``.
-        hold: Groups of parameters to hold whole as well; only with ``freeze``.
+        hold: Groups of parameters to hold whole as well; only with ``freeze``. None holds no group
+            beside neurons, and beside a subspace all that it does not cover.
+        subspace: Input directions to hold; only with ``freeze``.
 
     Raises:
         FreezeError: An empty set, or an adapter under which the slices cannot be held exactly.
-        ConfigError: An unknown mode or group.
+        ConfigError: An unknown mode or group, or nothing to hold.
     """
-    if mode not in get_args(Mode):
-        raise ConfigError(f"mode={mode!r} is not one of {', '.join(get_args(Mode))}.")
-    if unknown := [group for group in hold if group not in get_args(Group)]:
-        raise ConfigError(f"hold={unknown} names none of {', '.join(get_args(Group))}.")
-    if not len(neurons):
-        raise FreezeError(
-            "The set holds no neuron. Freezing nothing protects nothing, and it would look like "
-            "protection; locate with a larger fraction."
-        )
-    if hold and mode == "train_only":
-        raise ConfigError(
-            f"hold={list(hold)} goes with mode='freeze'; train_only holds all but the neurons."
-        )
+    _check_wanted(neurons, mode, hold, subspace)
     plain, sites = plain_model(model), find_sites(model)
     draft = _Draft()
     weights = ModelWeights(plain)
-    for tensor in _tensors(sites, neurons, mode):
+    for tensor in _tensors(sites, neurons, mode) if neurons is not None else ():
         _hold_tensor(plain, weights, tensor, mode, draft)
+    directions, loose = [], ()
     if mode == "train_only":
         whole = {
             plain_name(name): parameter
@@ -136,12 +138,58 @@ def make_plan(
             if id(parameter) not in draft.free
         }
     else:
-        whole = group_parameters(plain, hold)
+        whole = group_parameters(plain, hold or ())
+        if subspace is not None:
+            held_whole = {id(parameter) for parameter in whole.values()}
+            directions = [
+                held
+                for held in held_directions(plain, subspace, _held_inputs(plain, draft))
+                if id(held.parameter) not in held_whole
+            ]
+            rest = uncovered(plain, directions)
+            left = set() if hold is None else set(group_parameters(plain, get_args(Group)))
+            loose = tuple(name for name in rest if name in left - set(whole))
+            whole |= {name: found for name, found in rest.items() if name not in loose}
     _hold_whole(whole, draft)
     total = sum(torch.Size(weights.shape(name) or ()).numel() for name in weights.names())
     held = sum(_size(weights, piece) for piece in draft.slices)
     still = tuple((n, p) for n, p in whole.items() if p.requires_grad)
-    return Plan(mode, tuple(draft.slices), tuple(draft.holds), still, held, total)
+    found = (tuple(draft.slices), tuple(draft.holds), still, held, total)
+    return Plan(mode, *found, tuple(directions), loose)
+
+
+def _check_wanted(
+    neurons: NeuronSet | None,
+    mode: Mode,
+    hold: Collection[Group] | None,
+    subspace: SafetySubspace | None,
+) -> None:
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode={mode!r} is not one of {', '.join(get_args(Mode))}.")
+    if unknown := [group for group in hold or () if group not in get_args(Group)]:
+        raise ConfigError(f"hold={unknown} names none of {', '.join(get_args(Group))}.")
+    if neurons is None and subspace is None:
+        raise ConfigError("Neither neurons nor a subspace is given, so nothing would be held.")
+    if neurons is not None and not len(neurons):
+        raise FreezeError(
+            "The set holds no neuron. Freezing nothing protects nothing, and it would look like "
+            "protection; locate with a larger fraction."
+        )
+    if mode == "train_only" and (hold or subspace is not None):
+        given = f"hold={list(hold or ())}" if subspace is None else "A subspace"
+        raise ConfigError(f"{given} goes with mode='freeze'; train_only holds all but the neurons.")
+
+
+def _held_inputs(plain: nn.Module, draft: _Draft) -> dict[str, Tensor]:
+    """Of linear layers, the inputs that neurons hold to the bit."""
+    linears = find_linears(plain, ("text", "vision", "projector"))
+    return {
+        piece.name: piece.entries
+        for piece in draft.slices
+        if piece.name in linears
+        and piece.axis == linears[piece.name].axis
+        and piece.entries is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -232,6 +280,8 @@ def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.
             add(paths[id(module)], module)
     for path, module in plain.named_modules():
         if "norms" in hold and "norm" in type(module).__name__.lower():
+            add(path, module)
+        if "embeddings" in hold and isinstance(module, nn.Embedding):  # of positions
             add(path, module)
         module = bare(module)
         bias = getattr(module, "bias", None)

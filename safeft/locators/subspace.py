@@ -155,7 +155,8 @@ class SubspaceFitter:
     def __init__(
         self, model: PreTrainedModel, linears: Mapping[str, Linear], tokens: Tokens
     ) -> None:
-        self._model, self._linears, self._tokens = model, linears, tokens
+        self._model, self._linears = model, linears
+        self._tokens: Tokens = tokens
         self.readers: dict[str, str] = {}
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -305,7 +306,8 @@ class _Reading:
         share: bool,
         batching: Mapping[str, Any],
     ) -> None:
-        self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
+        self._model, self._tokenizer = model, tokenizer
+        self._tokens: Tokens = tokens
         self._share, self._batching = share, batching
 
     def _batches(self, prompts: Sequence[Prompt], description: str) -> Iterator[Batch]:
