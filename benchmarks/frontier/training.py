@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from baselines import Method, Recipe, Setup, Tuning
+from baselines import Method, Recipe, Setup, Tuning, linears
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from testbed import Domain, Split, Testbed
@@ -178,7 +178,7 @@ def train(world: World, job: Job, recipe: Recipe, watch: Watch | None = None) ->
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=2 * settings.rank,
-            target_modules="all-linear",
+            target_modules=sorted({name.rpartition(".")[2] for name in linears(model)}),
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
             **recipe.lora,
