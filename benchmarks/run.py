@@ -50,7 +50,7 @@ class Bench:
         self.failed: list[tuple[Job, str]] = []
 
     def runs(self, jobs: Sequence[Job], stage: str) -> list[dict[str, Any]]:
-        """What each job gave, in order, without those that failed."""
+        """Make what is missing, and give what :meth:`ended` does."""
         missing = [job for job in jobs if self.results.find(job) is None]
         done = side_by_side(missing, lambda job: run(self.world, job), self.processes)
         for job, found in tqdm(done, stage, len(missing), unit="run", disable=not missing):
@@ -58,7 +58,12 @@ class Bench:
                 self.failed.append((job, found["error"]))
             else:
                 self.results.add(found)
-        return [found for job in jobs if (found := self.results.find(job))]
+        return self.ended(jobs)
+
+    def ended(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """What each job gave, in order, without those that failed or that safeft refused."""
+        every = [self.results.find(job) for job in jobs]
+        return [found for found in every if found is not None and "refused" not in found]
 
     def before(self, split: Split) -> dict[str, float]:
         """The base's measures."""
@@ -83,10 +88,10 @@ class Bench:
             ]
             for m in free
         }
-        # One after the other in the file, all in one pool.
         self.runs([job for grid in grids.values() for job in grid], f"{tuning}: knobs")
+        lost = {job.method for job, _ in self.failed}  # Nothing is chosen from a part of a grid.
         for name, grid in grids.items():
-            if found := self.runs(grid, name):
+            if name not in lost and (found := self.ended(grid)):
                 best = best_setting(found, at_best, base)
                 self.results.choose(tuning, name, best["value"], best["learning_rate"])
         for method in methods:

@@ -23,10 +23,17 @@ def frozen(setup: Setup, value: float, locator: Locator) -> Recipe:
     return Recipe(setup.rows, setup.learning_rate, [SafetyFreezeCallback(neurons, hold=HELD)])
 
 
-METHODS = tuple(
-    Method(f"{name} neurons", source, partial(frozen, locator=locator), (0.1, 0.4, 0.7), "share")
-    for name, source, locator in (
-        ("random", "the control", "random"),
-        ("located", "single-neuron study (arXiv 2605.08513), attribution style", "attribution"),
-    )
+SHARES = (0.1, 0.4, 0.7)
+
+METHODS = (
+    Method(
+        "random neurons", "the control", partial(frozen, locator="random"), SHARES, "share frozen"
+    ),
+    Method(
+        "located neurons",
+        "single-neuron study (arXiv 2605.08513), attribution style",
+        partial(frozen, locator="attribution"),
+        SHARES,
+        "share frozen",
+    ),
 )

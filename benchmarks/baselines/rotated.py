@@ -25,6 +25,8 @@ from safeft.prompts import batches
 class Rotated(nn.Module):
     """A weight kept as its coefficients ``W~ = W U``."""
 
+    basis: Tensor
+
     def __init__(self, basis: Tensor) -> None:
         super().__init__()
         self.register_buffer("basis", basis, persistent=False)

@@ -19,7 +19,7 @@ def side_by_side(
     """Every task with what ``work`` gave, as they end; what failed gave ``{"error": text}``."""
     fork = get_context("fork")
     waiting = list(reversed(tasks))
-    running: dict[Connection, tuple[Task, Any]] = {}
+    running: dict[Connection[Any, Any], tuple[Task, Any]] = {}
     while waiting or running:
         while waiting and len(running) < processes:
             task = waiting.pop()
@@ -28,7 +28,8 @@ def side_by_side(
             process.start()
             there.close()
             running[here] = (task, process)
-        for ready in wait(list(running)):
+        ended = wait(list(running))
+        for ready in [pipe for pipe in running if pipe in ended]:
             task, process = running.pop(ready)
             try:
                 found = ready.recv()
@@ -39,7 +40,7 @@ def side_by_side(
             yield task, found
 
 
-def _worker(work: Callable[[Any], dict[str, Any]], task: Any, there: Connection) -> None:
+def _worker(work: Callable[[Any], dict[str, Any]], task: Any, there: Any) -> None:
     with open(os.devnull, "w") as nowhere:  # what libraries say would tear up the progress bar
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)

@@ -73,7 +73,8 @@ class Results:
         """The runs a method is reported with, all measured on the test split."""
         setting = {"method": method, "tuning": tuning, "split": "test"}
         setting |= self.data["chosen"].get(tuning, {}).get(method, {})
-        return [r for r in self.data["runs"] if {k: r[k] for k in setting} == setting]
+        runs = (run for run in self.data["runs"] if "refused" not in run)
+        return [run for run in runs if {k: run[k] for k in setting} == setting]
 
     def tunings(self) -> list[Tuning]:
         """Those something was chosen for."""

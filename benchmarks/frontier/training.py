@@ -20,6 +20,7 @@ from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from safeft import SafetyFreezeCallback
+from safeft.errors import SafeftError
 from safeft.prompts import Prompt
 
 
@@ -127,16 +128,27 @@ class _Trainer(SFTTrainer):
     recipe: Recipe
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         if self.recipe.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self.recipe.loss(model, inputs)
         return (loss, None) if return_outputs else loss
 
 
 def run(world: World, job: Job) -> dict[str, Any]:
-    """Train and judge; everything found, as JSON takes it."""
+    """Train and judge; everything found, as JSON takes it, or why safeft refused to."""
+    try:
+        return _run(world, job)
+    except SafeftError as error:
+        return {**asdict(job), "refused": str(error)}
+
+
+def _run(world: World, job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     if job.method == "before tuning":
         return {**asdict(job), "measures": _judged(world, job, world.base)}
