@@ -606,7 +606,9 @@ class TestAnswers:
     def test_a_model_that_says_nothing_is_refused(
         self, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(safeft.locators.calibration, "generate", lambda *args, **_: [""] * len(args[2]))
+        monkeypatch.setattr(
+            safeft.locators.calibration, "generate", lambda *args, **_: [""] * len(args[2])
+        )
         with pytest.raises(PromptError, match="answers every prompt with nothing"):
             locate(tiny_model(), tiny_tokenizer(), HARMFUL, BENIGN, method=method)
 

@@ -43,6 +43,7 @@ class Directions:
         weight: Name of the weight it is, or that its adapter layer adapts.
         parameter: The parameter the optimizer sees.
         axis: What its inputs are: ``columns``, or ``rows`` where it is stored turned round.
+        weight_axis: The same of the weight.
         basis: Orthonormal, float32 ``(features, rank)``.
         partner: Of a factor A, which is held at ``A U = 0``; None for the weight itself.
     """
@@ -51,6 +52,7 @@ class Directions:
     weight: str
     parameter: nn.Parameter
     axis: Axis
+    weight_axis: Axis
     basis: Tensor
     partner: Partner | None
 
@@ -142,7 +144,7 @@ class DirectionPin:
         for held in self._held:
             found = None
             if rank() == 0 or everywhere:
-                found = products_of(weights, held.weight, held.basis, held.axis)
+                found = products_of(weights, held.weight, held.basis, held.weight_axis)
             scales.append(found.scale if found is not None else 0.0)
             if held.partner is not None:
                 self._targets.append(None)
