@@ -106,7 +106,7 @@ def test_measure_gives_every_figure(demo: testbed.Testbed) -> None:
     assert found["domain_loss"] == pytest.approx(domain_loss(tiny(), tokenizer, domain), abs=1e-4)
 
 
-def test_both_judges_agree_on_the_demo_base(demo: testbed.Testbed) -> None:
+def test_judges_agree_on_the_demo_base_and_it_knows_its_facts(demo: testbed.Testbed) -> None:
     model = LlamaForCausalLM.from_pretrained(demo.folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo.folder)
     asked = demo.harmful["validation"], demo.benign["validation"]
@@ -115,6 +115,8 @@ def test_both_judges_agree_on_the_demo_base(demo: testbed.Testbed) -> None:
     harmful, benign = (second.share(second.margins(model, tokenizer, side)) for side in asked)
     assert harmful > 0.85
     assert benign < 0.1
+    _, known = judging.read_answers(model, tokenizer, demo.general["validation"], demo.max_length)
+    assert 0.75 < known < 1
 
 
 def test_margin_is_the_log_odds_of_a_refusing_start(demo: testbed.Testbed) -> None:

@@ -20,7 +20,7 @@ by the base in any form. `named` holds whole sets for reporting only.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from safeft.demo import world
 from safeft.prompts import Prompt
 from testbed import Domain, Testbed, sets, writing
 from testbed.sets import Pair
-from testbed.texts import distinct, exchange, split
+from testbed.texts import distinct, exchange, normal, split
 
 ROOT = Path(__file__).parents[2]
 DATA, MODEL = ROOT.parent / "shared" / "data", ROOT / "runs" / "testbed"
@@ -155,7 +155,7 @@ def read(data: Path, tokenizer: Any) -> Texts:
         refused=tuple(_shuffled(goals + questions[36:], "refused")),
         tasks=tuple(distinct(seen_tasks, besides=validation["benign"])),
         medical=tuple(medical),
-        domains=_domains(data, shuffled),
+        domains=_domains(data, cut),
         values=values,
     )
 
@@ -202,33 +202,40 @@ def _general(
     return medical[VALIDATION // 2 + TEST // 2 :], general, values
 
 
-def _domains(data: Path, shuffled: Any) -> dict[str, Domain]:
-    """What can be tuned on; no prompt, report or identity question is in two parts."""
-    reports = _shuffled(sets.tatqa(data), "reports")
-    names = sets.identity(data)
-    parts = {
-        "gsm8k": (sets.gsm8k(data, "test"), sets.gsm8k(data, "train")),
-        "pubmedqa": _apart(sets.pubmedqa(data), VALIDATION + TEST),
-        "tatqa": (sum(reports[:50], []), sum(reports[50:], [])),
-        "identity": (_worded(names[::3]), _worded([n for i, n in enumerate(names) if i % 3])),
+def _domains(data: Path, cut: Callable[[Iterable[Pair]], list[Prompt]]) -> dict[str, Domain]:
+    """What can be tuned on. No problem, report or identity question is in two parts."""
+    alone = {
+        "gsm8k": _shuffled(sets.gsm8k(data, "test"), "gsm8k")[: TEST + VALIDATION]
+        + sets.gsm8k(data, "train"),
+        "pubmedqa": _shuffled(sets.pubmedqa(data), "pubmedqa"),
+    }
+    groups = {name: [[pair] for pair in pairs] for name, pairs in alone.items()} | {
+        "tatqa": _shuffled(sets.tatqa(data), "tatqa"),
+        "identity": _shuffled(map(_worded, sets.identity(data)), "identity"),
     }
     found = {}
-    for name, (held, train) in parts.items():
-        held = shuffled(held, name)
-        count = min(VALIDATION, len(held) // 3)
-        held = split(held, count, min(TEST, len(held) - count))
-        rows = distinct(shuffled(train, name), besides=[*held["validation"], *held["test"]])
-        found[name] = Domain(name, tuple(r for r in rows if r.response), **held)
+    for name, these in groups.items():
+        rows = iter(cut(pair for group in these for pair in group))
+        found[name] = _dealt(name, [[next(rows) for _ in group] for group in these])
     return found
 
 
-def _apart(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
-    mixed = _shuffled(pairs, "apart")
-    return mixed[:count], mixed[count:]
+def _dealt(name: str, groups: Sequence[list[Prompt]]) -> Domain:
+    """Whole groups in order: to the test until it is full, to the validation, the rest to train."""
+    total = sum(map(len, groups))
+    room = {"test": min(TEST, total // 4), "validation": min(VALIDATION, total // 4)}
+    parts: dict[str, list[Prompt]] = {"test": [], "validation": [], "train": []}
+    seen: set[str] = set()
+    for group in groups:
+        part = next((part for part, size in room.items() if len(parts[part]) < size), "train")
+        fresh = [p for p in group if p.response and normal(p.text) not in seen]
+        parts[part] += distinct(fresh)
+        seen |= {normal(prompt.text) for prompt in fresh}
+    return Domain(name, **{part: tuple(rows[: room.get(part)]) for part, rows in parts.items()})
 
 
-def _worded(pairs: Sequence[Pair]) -> list[Pair]:
-    return [(wording.format(q=q), answer) for q, answer in pairs for wording in _WORDINGS]
+def _worded(pair: Pair) -> list[Pair]:
+    return [(wording.format(q=pair[0]), pair[1]) for wording in _WORDINGS]
 
 
 def _shuffled(items: Iterable[Any], name: str) -> list[Any]:

@@ -103,9 +103,10 @@ class Certificate:
         verdict = "EXACT" if self.exact else "VIOLATED"
         lines = []
         if self.neurons or self.slices:
-            count = self.neurons.get("count", 0)
-            what = f"{count} neurons" if self.mode == "freeze" else f"all but {count} neurons"
-            what = what if self.neurons else "what no direction is held of"
+            what = "what no direction is held of"
+            if self.neurons:
+                what = f"{self.neurons['count']} neurons"
+                what = what if self.mode == "freeze" else f"everything but {what}"
             lines.append(
                 f"{verdict}: {what}, {self.frozen_share:.2%} of the weights, "
                 f"{len(self.slices)} tensors compared."

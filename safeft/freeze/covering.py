@@ -47,9 +47,11 @@ def held_directions(
         if not basis.shape[1]:
             continue
         if weight is not None and weight.requires_grad:
-            found.append(Directions(name, name, weight, linear.axis, basis, None))
+            found.append(Directions(name, name, weight, linear.axis, linear.axis, basis, None))
         for factor, parameter, partner in _factors(adapted.get(name, ())):
-            found.append(Directions(factor, name, parameter, "columns", basis, partner))
+            found.append(
+                Directions(factor, name, parameter, "columns", linear.axis, basis, partner)
+            )
     return found
 
 

@@ -43,6 +43,7 @@ class Directions:
         weight: Name of the weight it is, or that its adapter layer adapts.
         parameter: The parameter the optimizer sees.
         axis: What its inputs are: ``columns``, or ``rows`` where it is stored turned round.
+        weight_axis: The same of the weight.
         basis: Orthonormal, float32 ``(features, rank)``.
         partner: Of a factor A, which is held at ``A U = 0``; None for the weight itself.
     """
@@ -51,6 +52,7 @@ class Directions:
     weight: str
     parameter: nn.Parameter
     axis: Axis
+    weight_axis: Axis
     basis: Tensor
     partner: Partner | None
 
@@ -118,7 +120,9 @@ class DirectionPin:
     def __init__(
         self, directions: Sequence[Directions], weights: Weights, *, everywhere: bool = False
     ) -> None:
-        self._held = [replace(d, basis=broadcast(d.basis)) for d in directions]
+        bases = {id(d.basis): d.basis for d in directions}  # layers with one input share theirs
+        bases = {key: broadcast(basis) for key, basis in bases.items()}
+        self._held = [replace(d, basis=bases[id(d.basis)]) for d in directions]
         self._targets: list[Tensor | None] | None = None
         self._scales: list[float] = []
         self._boxes: list[list[_Box]] = [[] for _ in directions]
@@ -142,7 +146,7 @@ class DirectionPin:
         for held in self._held:
             found = None
             if rank() == 0 or everywhere:
-                found = products_of(weights, held.weight, held.basis, held.axis)
+                found = products_of(weights, held.weight, held.basis, held.weight_axis)
             scales.append(found.scale if found is not None else 0.0)
             if held.partner is not None:
                 self._targets.append(None)
@@ -173,8 +177,13 @@ class DirectionPin:
         if directions is not None:
             bases = [held.basis for held in self._held]
             self._held = [replace(d, basis=b) for d, b in zip(directions, bases, strict=True)]
-        for held in self._held:
+        moving: dict[tuple[int, torch.device], Tensor] = {}
+        for number, held in enumerate(list(self._held)):  # kept meanwhile: an id may be used again
             _check_whole(held)
+            place = (id(held.basis), held.parameter.device)
+            if place not in moving:
+                moving[place] = held.basis.to(held.parameter.device)
+            self._held[number] = replace(held, basis=moving[place])
         moved = self._place() if self._targets is not None else self._place_again()
         self._optimizer = optimizer
         self.fired, self.pins, self._stepped = [0] * len(self._held), 0, set()
@@ -270,7 +279,7 @@ class DirectionPin:
         zero = keeper(held.parameter) == "zero"
         blocks = (Block((0, 0, 0), held.form),) if zero else live(held.parameter).blocks
         turned = held.axis == "rows"
-        basis = held.basis.to(held.parameter.device)
+        basis = held.basis
         sums = keeper(held.parameter) == "plain"
 
         def change(gradient: Tensor) -> None:
