@@ -117,7 +117,11 @@ class Watch(TrainerCallback):
 
     def _pass_by(self, state: Any, model: Any) -> None:
         if state.global_step in self._steps:
-            self.look(state.global_step, finished(self._recipe, copy.deepcopy(model)))
+            if self._recipe.finish is not None:
+                model = copy.deepcopy(model)
+                for module in model.modules():  # TRL puts in one that calls the original's.
+                    vars(module).pop("forward", None)
+            self.look(state.global_step, finished(self._recipe, model))
 
     def look(self, step: int, model: Any) -> None:
         """Measure the model as it would be if training ended here."""
