@@ -103,7 +103,7 @@ class Bench:
         self.before("test")
         chosen = self.results.data["chosen"][tuning]
         jobs = [
-            Job(m.name, tuning, *chosen[m.name].values(), seed=seed, split="test")
+            Job(m.name, tuning, **chosen[m.name], seed=seed, split="test")
             for seed in range(seeds)
             for m in methods
             if m.name in chosen

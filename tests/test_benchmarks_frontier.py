@@ -1,9 +1,11 @@
 """The frontier's harness: rows, watch, choice, resuming, the table, processes that die."""
 
+import doctest
 import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import run as command  # noqa: E402
-from baselines import Method, all_methods, plain  # noqa: E402
+from baselines import (  # noqa: E402
+    Method,
+    all_methods,
+    mixing,  # noqa: E402
+    plain,
+)
+from frontier import choice, training  # noqa: E402
 from frontier.choice import best_rate, best_setting  # noqa: E402
 from frontier.pool import side_by_side  # noqa: E402
 from frontier.results import Results, matched, table  # noqa: E402
@@ -247,3 +255,10 @@ def test_processes_side_by_side_give_what_they_found_or_why_not() -> None:
     assert ended[3] == {"task": 3}
     assert "one is no good" in ended[1]["error"]
     assert ended[2] == {"error": "the process ended with code 3"}
+
+
+@pytest.mark.parametrize("module", [choice, training, mixing])
+def test_examples_hold(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed

@@ -127,9 +127,12 @@ class Watch(TrainerCallback):
         """Measure the model as it would be if training ended here."""
         world, count = self._world, self._world.settings.watched
         testbed, tokenizer = world.testbed, world.tokenizer
-        examples = getattr(world.domain, self._split)[:count]
+        examples, harmful = (
+            spread(each, count)
+            for each in (getattr(world.domain, self._split), testbed.harmful[self._split])
+        )
         loss, _ = read_answers(model, tokenizer, examples, testbed.max_length)
-        rate = refused(model, tokenizer, testbed, testbed.harmful[self._split][:count])
+        rate = refused(model, tokenizer, testbed, harmful)
         self.curve.append({"step": step, "domain_loss": loss, "refusal": rate.value})
 
 
@@ -254,6 +257,16 @@ def training_rows(world: World, seed: int) -> list[Prompt]:
         *rng.sample(world.domain.train, needed - poisoned),
         *_each_in_turn(world.testbed.poison, poisoned, rng),
     ]
+
+
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """At most ``count`` of the prompts, from all along them: they may be several sets in a row.
+
+    >>> spread("abcdefgh", 3)
+    ['a', 'c', 'f']
+    """
+    count = min(count, len(prompts))
+    return [prompts[number * len(prompts) // count] for number in range(count)]
 
 
 def _each_in_turn(prompts: Sequence[Prompt], count: int, rng: random.Random) -> list[Prompt]:
