@@ -396,10 +396,17 @@ def chosen_tokens(batch: Batch, tokens: Tokens) -> Tensor:
 def unit_tokens(linear: Linear, values: Tensor, chosen: Tensor) -> Tensor:
     """The chosen tokens of an input at length 1, float32 ``(tokens, features)``.
 
+    Some layers receive prompts and tokens as one axis (of mixtures, OPT's), or one more between.
+
     Raises:
-        CaptureError: Some number is not finite.
+        CaptureError: Some number is not finite, or the layer receives a part of the tokens only.
     """
-    found = values[chosen.to(values.device)].float()
+    if values.shape[:-1].numel() != chosen.numel():
+        raise CaptureError(
+            f"{linear.module} receives {tuple(values.shape)} for {tuple(chosen.shape)} prompts and "
+            "tokens, so it is unknown which of them these are. Such a layer cannot be located."
+        )
+    found = values.reshape(*chosen.shape, -1)[chosen.to(values.device)].float()
     if not bool(found.isfinite().all()):
         raise CaptureError(
             f"What {linear.module} receives is not finite on the safety prompts, so no direction "
