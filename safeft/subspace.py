@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from safeft.blocks import count_of, form_of
-from safeft.errors import ArtefactError, FingerprintError, SelectionError
+from safeft.errors import ArtefactError, ConfigError, FingerprintError, SelectionError
 from safeft.files import sha256, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
 from safeft.neurons import (
@@ -284,6 +284,30 @@ def load_protected(folder: str | Path) -> "NeuronSet | SafetySubspace":
     if read_config(Path(folder)).get("kind") == "SafetySubspace":
         return SafetySubspace.from_pretrained(folder)
     return NeuronSet.from_pretrained(folder)
+
+
+def protected_pair(
+    protected: NeuronSet | SafetySubspace | str | Path,
+    subspace: SafetySubspace | str | Path | None = None,
+) -> tuple[NeuronSet | None, SafetySubspace | None]:
+    """What is to be held, a set or a subspace or one beside the other, read where it is a folder.
+
+    Raises:
+        ArtefactError: A folder holds neither, or is damaged.
+        ConfigError: Two subspaces.
+    """
+    if isinstance(protected, (str, Path)):
+        protected = load_protected(protected)
+    if isinstance(subspace, (str, Path)):
+        subspace = SafetySubspace.from_pretrained(subspace)
+    if isinstance(protected, NeuronSet):
+        return protected, subspace
+    if subspace is not None:
+        raise ConfigError(
+            "Two subspaces are given, and which of them is to be held is not said. Give one, "
+            "located with the prompts of both; beside it a neuron set."
+        )
+    return None, protected
 
 
 def _kept(inlet: str, directions: Tensor) -> Tensor:

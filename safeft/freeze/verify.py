@@ -29,7 +29,7 @@ from safeft.freeze.plan import Group, Mode, Plan, Slice, make_plan
 from safeft.neurons import NeuronSet, moved_error
 from safeft.progress import progress
 from safeft.sites import Site, check_type, find_sites, plain_model
-from safeft.subspace import SafetySubspace, load_protected
+from safeft.subspace import SafetySubspace, protected_pair
 from safeft.weights import (
     CheckpointWeights,
     DistributedCheckpointWeights,
@@ -69,27 +69,25 @@ def verify(
 
     Raises:
         ArtefactError: A folder without safetensors, a truncated file, a missing tensor.
+        ConfigError: Two subspaces.
         FingerprintError: The set was not located in this base.
 
     Example:
         >>> verify("base", "tuned", "safety_neurons").exact  # doctest: +SKIP
         True
     """
-    held = load_protected(protected) if isinstance(protected, (str, Path)) else protected
-    if isinstance(subspace, (str, Path)):
-        subspace = SafetySubspace.from_pretrained(subspace)
-    neurons = held if isinstance(held, NeuronSet) else None
-    subspace = held if isinstance(held, SafetySubspace) else subspace
+    neurons, subspace = protected_pair(protected, subspace)
+    where = _describe(base)
     with ExitStack() as files:
         every = subspace is not None or bool(hold) or mode == "train_only"
         shape_model, before = _open_base(base, files, every)
         sites = find_sites(shape_model)
         for fingerprint in [found.model for found in (neurons, subspace) if found is not None]:
-            _check_layout(fingerprint, sites, before, str(base))
+            _check_layout(fingerprint, sites, before, where)
         if neurons is not None and (moved := neurons.moved(before, sites)):
-            raise moved_error(neurons, moved, str(base))
+            raise moved_error(neurons, moved, where)
         if subspace is not None:
-            subspace.check_weights(before, str(base))
+            subspace.check_weights(before, where)
         shape_model.requires_grad_(True)
         plan = make_plan(shape_model, neurons, mode, hold, subspace)
         after = _open_tuned(tuned, before, shape_model, files, every)
