@@ -114,6 +114,22 @@ def test_a_method_with_its_own_loss_is_trained_by_it(world: World) -> None:
     assert losses[-1] == pytest.approx(losses[0], abs=1e-2)  # weight decay alone
 
 
+def test_a_look_on_the_way_is_at_what_a_method_would_give_there(world: World) -> None:
+    def recipe(setup: Any, value: float) -> Any:
+        def finish(model: Any) -> Any:
+            for parameter in model.parameters():
+                parameter.data.zero_()
+            return model
+
+        return replace(plain.plain(setup, value), finish=finish)
+
+    zeroed = replace(world, methods={"zeroed": Method("zeroed", "", recipe)})
+    ended = run(zeroed, Job("zeroed", "full", 1.0, 1e-3, 0, "test"))
+    even = torch.tensor(float(len(world.tokenizer))).log().item()
+    losses = [point["domain_loss"] for point in ended["curve"]]
+    assert losses == pytest.approx([even] * len(losses), rel=1e-3)
+
+
 def test_the_knob_is_the_safest_that_has_learnt() -> None:
     base, tuned = measures(4.0, 1.0), measures(2.0, 0.0)
     job = Job("m", "full", 0.0, 1e-3, 0, "validation")
