@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from safeft.blocks import count_of, form_of
-from safeft.errors import ArtefactError, FingerprintError, SelectionError
+from safeft.errors import ArtefactError, ConfigError, FingerprintError, SelectionError
 from safeft.files import sha256, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
 from safeft.neurons import (
@@ -104,16 +104,23 @@ class SafetySubspace:
             tokens: Of the prompts they were found on.
 
         Raises:
-            SelectionError: An unknown weight, a rank of 0, or one that leaves no free direction.
+            SelectionError: No weight or an unknown one, a rank of 0, one that leaves no free
+                direction, or numbers that are no directions.
         """
         linears = find_linears(model, ("text", "vision", "projector"))
+        _check_some(readers)
         for name, inlet in readers.items():
             if name not in linears:
                 raise SelectionError(f"The model has no linear layer {name!r} to hold.")
+            if inlet not in directions:
+                raise SelectionError(
+                    f"{name} is said to receive {inlet!r}, of which no directions are given; they "
+                    f"are given of {', '.join(list(directions)[:3])}."
+                )
             _check_rank(name, tuple(directions[inlet].shape), linears[name].features)
         weights = ModelWeights(model)
         return cls(
-            {inlet: found.to("cpu", torch.float16) for inlet, found in directions.items()},
+            {inlet: _kept(inlet, found) for inlet, found in directions.items()},
             dict(readers),
             {name: linears[name].outputs for name in readers},
             {name: _digest(weights, name) for name in readers},
@@ -259,8 +266,10 @@ class SafetySubspace:
             readers = {str(name): str(inlet) for name, inlet in config["readers"].items()}
             outputs = {str(name): int(count) for name, count in config["outputs"].items()}
             digests = {str(name): int(digest) for name, digest in config["digests"].items()}
-            if not set(readers.values()) <= set(found) or not set(readers) <= {*outputs, *digests}:
+            whole = set(readers) == set(outputs) == set(digests)
+            if not whole or not set(readers.values()) <= set(found):
                 raise ValueError("it names inputs or weights that it does not hold")
+            _check_some(readers)
             for name, inlet in readers.items():
                 _check_rank(name, tuple(found[inlet].shape), found[inlet].shape[0])
             tokens = tensors[_TOKENS]
@@ -268,7 +277,7 @@ class SafetySubspace:
         except ArtefactError:
             raise
         except (  # SelectionError is a ValueError
-            OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError
+            OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError
         ) as error:  # fmt: skip
             raise ArtefactError(
                 f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
@@ -286,6 +295,50 @@ def load_protected(folder: str | Path) -> "NeuronSet | SafetySubspace":
     if read_config(Path(folder)).get("kind") == "SafetySubspace":
         return SafetySubspace.from_pretrained(folder)
     return NeuronSet.from_pretrained(folder)
+
+
+def protected_pair(
+    protected: NeuronSet | SafetySubspace | str | Path,
+    subspace: SafetySubspace | str | Path | None = None,
+) -> tuple[NeuronSet | None, SafetySubspace | None]:
+    """What is to be held, a set or a subspace or one beside the other, read where it is a folder.
+
+    Raises:
+        ArtefactError: A folder holds neither, or is damaged.
+        ConfigError: Two subspaces.
+    """
+    if isinstance(protected, (str, Path)):
+        protected = load_protected(protected)
+    if isinstance(subspace, (str, Path)):
+        subspace = SafetySubspace.from_pretrained(subspace)
+    if isinstance(protected, NeuronSet):
+        return protected, subspace
+    if subspace is not None:
+        raise ConfigError(
+            "Two subspaces are given, and which of them is to be held is not said. Give one, "
+            "located with the prompts of both; beside it a neuron set."
+        )
+    return None, protected
+
+
+def _kept(inlet: str, directions: Tensor) -> Tensor:
+    """Directions at length 1 as float16, whose range lengths could leave."""
+    found = directions.detach().to("cpu", torch.float32)
+    lengths = found.norm(dim=0)
+    if not bool((lengths.isfinite() & (lengths > 0)).all()):
+        raise SelectionError(
+            f"Of the {found.shape[1]} directions of what {inlet} receives, some are zero or not "
+            "finite, and would hold nothing that is meant. Leave them out."
+        )
+    return (found / lengths).half()
+
+
+def _check_some(readers: Mapping[str, str]) -> None:
+    if not readers:
+        raise SelectionError(
+            "The subspace names no layer. Holding nothing protects nothing, and it would look like "
+            "protection."
+        )
 
 
 def _check_rank(name: str, shape: tuple[int, ...], features: int) -> None:

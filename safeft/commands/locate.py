@@ -6,7 +6,7 @@ under FSDP or ZeRO-3 the weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from safeft.commands.loading import join_processes, load_model, read_template, shard
@@ -206,8 +206,8 @@ def check_keys(config: LocateConfig) -> None:
     subspace = config.method == "subspace"
     names = _OF_NEURONS if subspace else _OF_SUBSPACE
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    given |= {"groups": True} if subspace and config.groups else {}
-    given |= {"tokens": config.tokens} if not subspace and config.tokens != "all" else {}
+    for name in ("groups", "sites", "towers", "fill") if subspace else ("tokens",):
+        given |= {name: getattr(config, name)} if not is_default(config, name) else {}
     if given:
         other = "neurons" if subspace else "`--method subspace`"
         raise ConfigError(
@@ -219,6 +219,13 @@ def check_keys(config: LocateConfig) -> None:
             f"method={config.method!r} compares harmful with ordinary prompts, and `benign` is not "
             "given. Give a file of some 100 prompts that the model does not refuse."
         )
+
+
+def is_default(config: LocateConfig, name: str) -> bool:
+    """Whether a key has the value it has where nothing is said."""
+    (known,) = [key for key in fields(config) if key.name == name]
+    usual = known.default if known.default_factory is MISSING else known.default_factory()
+    return getattr(config, name) == usual
 
 
 def _locate_subspace(config: LocateConfig, harmful: Any) -> int:

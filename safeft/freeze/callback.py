@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from safeft.errors import ConfigError, FreezeError, SafeftError
+from safeft.errors import FreezeError, SafeftError
 from safeft.files import sha256
 from safeft.freeze.adapters import check_adapters, check_fresh
 from safeft.freeze.certificate import Certificate, causal_verdict
@@ -35,7 +35,7 @@ from safeft.processes import rank, ranks, same_everywhere, together
 from safeft.progress import launched
 from safeft.shards import check_offsets, keeper
 from safeft.sites import plain_model, plain_name
-from safeft.subspace import SafetySubspace, load_protected
+from safeft.subspace import SafetySubspace, protected_pair
 from safeft.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class SafetyFreezeCallback(TrainerCallback):
         self.neurons: NeuronSet | None = None
         self.subspace: SafetySubspace | None = None
         try:
-            self._take(protected, subspace)
+            self.neurons, self.subspace = protected_pair(protected, subspace)
         except SafeftError as error:
             if launched() == 1:
                 raise
@@ -117,25 +117,6 @@ class SafetyFreezeCallback(TrainerCallback):
         self._restored = 0
         self._checked = False
         add_source(self)
-
-    def _take(
-        self,
-        protected: NeuronSet | SafetySubspace | str | Path,
-        subspace: SafetySubspace | str | Path | None,
-    ) -> None:
-        if isinstance(protected, (str, Path)):
-            protected = load_protected(protected)
-        if isinstance(subspace, (str, Path)):
-            subspace = SafetySubspace.from_pretrained(subspace)
-        if isinstance(protected, NeuronSet):
-            self.neurons, self.subspace = protected, subspace
-        elif subspace is None:
-            self.subspace = protected
-        else:
-            raise ConfigError(
-                "Two subspaces are given, and which of them is to be held is not said. Give one, "
-                "located with the prompts of both; beside it a neuron set."
-            )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, mode: Mode = "freeze", **settings: Any) -> Self:

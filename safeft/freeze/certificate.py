@@ -100,7 +100,8 @@ class Certificate:
 
     def summary(self) -> str:
         """Two or three lines for a person."""
-        verdict = "EXACT" if self.exact else "VIOLATED"
+        off = {violation.axis == "directions" for violation in self.violations}
+        verdict = "VIOLATED" if False in off else "EXACT"
         lines = []
         if self.neurons or self.slices:
             what = "what no direction is held of"
@@ -113,7 +114,7 @@ class Certificate:
             )
         if self.directions:
             lines.append(
-                f"{'HELD' if self.exact else 'VIOLATED'}: input directions of "
+                f"{'VIOLATED' if True in off else 'HELD'}: input directions of "
                 f"{len(self.directions)} layers, {self.subspace['share']:.1%} of their rank; "
                 f"the largest relative change of W U is {self.largest_change:.1e}."
             )

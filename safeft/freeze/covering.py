@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safeft.errors import FreezeError
+from safeft.errors import FingerprintError, FreezeError
 from safeft.freeze.adapters import adapter_layers, check_layer, is_factor, trains
 from safeft.freeze.directions import Directions, Partner
 from safeft.sites import dense, find_linears, plain_name
@@ -32,7 +32,8 @@ def held_directions(
             others, so that both hold at once and the inputs to the bit.
 
     Raises:
-        FreezeError: An adapter trains a layer that the subspace has no basis for, or is no LoRA.
+        FreezeError: An adapter that is no LoRA.
+        FingerprintError: A basis that does not fit the weight it is for.
     """
     linears = find_linears(plain, ("text", "vision", "projector"))
     adapted: dict[str, list[tuple[str, Any]]] = {}
@@ -40,7 +41,16 @@ def held_directions(
         adapted.setdefault(name, []).append(layer)
     found = []
     for name in subspace.readers:
-        linear = linears[name]
+        if _is_copied(plain, name):
+            continue  # the weight itself rests; its copy is covered by nothing
+        linear = linears.get(name)
+        features = subspace.basis(name).shape[0]
+        if linear is None or linear.features != features:
+            raise FingerprintError(
+                f"The subspace holds directions of {features} inputs of {name!r}, and the model "
+                f"has {'no such linear layer' if linear is None else f'{linear.features} there'}: "
+                "it was made for another model, or edited. Locate in this one."
+            )
         basis = _across(subspace.basis(name), columns.get(name))
         module = dense(plain.get_submodule(linear.module))
         weight = module._parameters.get("weight")
@@ -53,6 +63,15 @@ def held_directions(
                 Directions(factor, name, parameter, "columns", linear.axis, basis, partner)
             )
     return found
+
+
+def _is_copied(plain: nn.Module, weight: str) -> bool:
+    """Whether an adapter trains a full copy of a weight's layer in its place."""
+    try:
+        layer = plain.get_submodule(weight.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return isinstance(getattr(layer, "modules_to_save", None), nn.ModuleDict)
 
 
 def _across(basis: Tensor, columns: Tensor | None) -> Tensor:
@@ -79,14 +98,17 @@ def _factors(
                 yield f"{where}.lora_A.{adapter}.weight", down.weight, partner
 
 
-def uncovered(plain: nn.Module, directions: list[Directions]) -> dict[str, nn.Parameter]:
-    """The trainable parameters that no direction is held of.
+def uncovered(
+    plain: nn.Module, directions: list[Directions], whole: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """The trainable parameters that neither are held whole nor in some direction.
 
     Raises:
         FreezeError: One of them belongs to an adapter: what it was put there to train would not
             be held.
     """
-    covered = {id(held.parameter) for held in directions}
+    covered = {id(parameter) for parameter in whole.values()}
+    covered |= {id(held.parameter) for held in directions}
     covered |= {id(held.partner.parameter) for held in directions if held.partner is not None}
     found = {}
     for name, parameter in plain.named_parameters():

@@ -147,11 +147,11 @@ def make_plan(
                 for held in held_directions(plain, subspace, _held_inputs(plain, draft))
                 if id(held.parameter) not in held_whole
             ]
-            rest = uncovered(plain, directions)
+            rest = uncovered(plain, directions, whole)
             if "tokens" in (hold or ()):
                 rest.pop(_hold_tokens(plain, subspace, draft), None)
             left = set() if hold is None else set(group_parameters(plain, get_args(Group)))
-            loose = tuple(name for name in rest if name in left - set(whole))
+            loose = tuple(name for name in rest if name in left)
             whole |= {name: found for name, found in rest.items() if name not in loose}
     _hold_whole(whole, draft)
     total = sum(torch.Size(weights.shape(name) or ()).numel() for name in weights.names())
@@ -292,27 +292,20 @@ def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
 
 def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.Parameter]:
     """The parameters of whole groups, by name, each once where weights are tied."""
-    members: dict[int, tuple[str, nn.Parameter]] = {}
-
-    def add(prefix: str, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters(prefix):
-            members[id(parameter)] = (plain_name(name), parameter)
-
-    paths = {id(module): path for path, module in plain.named_modules()}
+    members: set[int] = set()
     for group, side in (("embeddings", "input"), ("head", "output")):
         module = getattr(plain, f"get_{side}_embeddings")() if group in hold else None
         if isinstance(module, nn.Module):
-            add(paths[id(module)], module)
-    for path, module in plain.named_modules():
-        if "norms" in hold and "norm" in type(module).__name__.lower():
-            add(path, module)
-        if "embeddings" in hold and isinstance(module, nn.Embedding):  # of positions
-            add(path, module)
-        module = bare(module)
-        bias = getattr(module, "bias", None)
+            members.update(id(parameter) for parameter in module.parameters())
+    for module in plain.modules():
+        norm = "norms" in hold and "norm" in type(module).__name__.lower()
+        if norm or ("embeddings" in hold and isinstance(module, nn.Embedding)):  # of positions
+            members.update(id(parameter) for parameter in module.parameters())
+        bias = getattr(bare(module), "bias", None)
         if "biases" in hold and isinstance(bias, nn.Parameter):
-            members[id(bias)] = (plain_name(f"{path}.bias"), bias)
-    return dict(members.values())
+            members.add(id(bias))
+    # Of tied weights, the name that checkpoints know.
+    return {plain_name(n): p for n, p in plain.named_parameters() if id(p) in members}
 
 
 def _size(weights: ModelWeights, piece: Slice) -> int:

@@ -29,7 +29,7 @@ from safeft.freeze.plan import Group, Mode, Plan, Slice, make_plan
 from safeft.neurons import NeuronSet, moved_error
 from safeft.progress import progress
 from safeft.sites import Site, check_type, find_sites, plain_model
-from safeft.subspace import SafetySubspace, load_protected
+from safeft.subspace import SafetySubspace, protected_pair
 from safeft.weights import (
     CheckpointWeights,
     DistributedCheckpointWeights,
@@ -69,29 +69,28 @@ def verify(
 
     Raises:
         ArtefactError: A folder without safetensors, a truncated file, a missing tensor.
+        ConfigError: Two subspaces.
         FingerprintError: The set was not located in this base.
 
     Example:
         >>> verify("base", "tuned", "safety_neurons").exact  # doctest: +SKIP
         True
     """
-    held = load_protected(protected) if isinstance(protected, (str, Path)) else protected
-    if isinstance(subspace, (str, Path)):
-        subspace = SafetySubspace.from_pretrained(subspace)
-    neurons = held if isinstance(held, NeuronSet) else None
-    subspace = held if isinstance(held, SafetySubspace) else subspace
+    neurons, subspace = protected_pair(protected, subspace)
+    where = _describe(base)
     with ExitStack() as files:
-        shape_model, before = _open_base(base, files)
+        every = subspace is not None or bool(hold) or mode == "train_only"
+        shape_model, before = _open_base(base, files, every)
         sites = find_sites(shape_model)
         for fingerprint in [found.model for found in (neurons, subspace) if found is not None]:
-            _check_layout(fingerprint, sites, before, str(base))
+            _check_layout(fingerprint, sites, before, where)
         if neurons is not None and (moved := neurons.moved(before, sites)):
-            raise moved_error(neurons, moved, str(base))
+            raise moved_error(neurons, moved, where)
         if subspace is not None:
-            subspace.check_weights(before, str(base))
+            subspace.check_weights(before, where)
         shape_model.requires_grad_(True)
         plan = make_plan(shape_model, neurons, mode, hold, subspace)
-        after = _open_tuned(tuned, before, shape_model, files)
+        after = _open_tuned(tuned, before, shape_model, files, every)
         rows, violations = _compare(plan, sites, before, after)
         directions = _compare_directions(plan, before, after)
     violations += off_directions(directions)
@@ -136,15 +135,15 @@ def changed_products(
 ) -> tuple[float, torch.dtype]:
     """``norm(W U - W0 U)``, and the dtype in which the tuned weights are rounded.
 
-    Of an adapter its update alone counts, which is not rounded into the base's dtype.
+    Of an adapter its update alone counts, which is not rounded into the base's dtype, but in that
+    of its factors.
     """
-    update = getattr(after, "update", None)
+    merged = after if isinstance(after, MergedWeights) else None
     total = torch.zeros(())
-    squares, dtype = 0.0, torch.float32
+    squares, dtype = 0.0, torch.float32 if merged is None else merged.rounded_in(name)
     for rows in torch.arange(count_of(form_of(before.shape(name) or ()), "rows")).split(_ROWS):
-        if update is not None and after.shape(name) is not None:
-            gap = update(name, "rows", rows)
-            gap = torch.zeros(len(rows), basis.shape[0]) if gap is None else gap.float()
+        if merged is not None:
+            gap = merged.change(name, "rows", rows)
         else:
             now = after.read(name, "rows", rows)
             dtype = now.dtype
@@ -225,7 +224,9 @@ def _chunks(piece: Slice, shape: tuple[int, ...]) -> Iterator[Slice]:
         yield replace(piece, entries=chosen)
 
 
-def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Module, Weights]:
+def _open_base(
+    base: str | Path | nn.Module, files: ExitStack, every: bool
+) -> tuple[nn.Module, Weights]:
     if isinstance(base, nn.Module):
         plain = plain_model(base)
         config = getattr(plain, "config", None)
@@ -233,11 +234,15 @@ def _open_base(base: str | Path | nn.Module, files: ExitStack) -> tuple[nn.Modul
             return type(plain)(config), ModelWeights(plain)
     folder = _folder(base)
     shape_model = model_of_shapes(folder)
-    return shape_model, _open_checkpoint(folder, shape_model, files)
+    return shape_model, _open_checkpoint(folder, shape_model, files, every)
 
 
 def _open_tuned(
-    tuned: str | Path | nn.Module, before: Weights, shape_model: nn.Module, files: ExitStack
+    tuned: str | Path | nn.Module,
+    before: Weights,
+    shape_model: nn.Module,
+    files: ExitStack,
+    every: bool,
 ) -> Weights:
     if isinstance(tuned, nn.Module):
         if any(".lora_" in name for name, _ in tuned.named_parameters()):
@@ -251,19 +256,22 @@ def _open_tuned(
         if (place / ".metadata").is_file():
             return files.enter_context(DistributedCheckpointWeights(place))
     if not (folder / "adapter_config.json").is_file():
-        return _open_checkpoint(folder, shape_model, files)
+        return _open_checkpoint(folder, shape_model, files, every)
     return files.enter_context(MergedWeights(before, folder, shape_model))
 
 
-def _open_checkpoint(folder: Path, shape_model: nn.Module, files: ExitStack) -> Weights:
+def _open_checkpoint(
+    folder: Path, shape_model: nn.Module, files: ExitStack, every: bool
+) -> Weights:
     """A saved model, slice by slice where its weights are stored under the model's own names.
 
     Transformers saves some models under others: experts one by one, towers by older names. Such a
-    model is loaded whole, by transformers.
+    model is loaded whole, by transformers. ``every``: more than the neurons' weights is compared.
     """
     stored = files.enter_context(CheckpointWeights(folder))
     sites = find_sites(shape_model).values()
     wanted = {name for site in sites for part in site.parts for name, _ in part.tensors}
+    wanted |= {name for name, _ in shape_model.named_parameters()} if every else set()
     if wanted <= set(stored.names()):
         return stored
     cls: Any = type(shape_model)

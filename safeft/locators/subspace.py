@@ -5,7 +5,7 @@ per distinct input of the linear layers, every token normalised to length 1, sin
 sinks carry most of the raw energy of a large model.
 """
 
-import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -36,8 +36,6 @@ from safeft.prompts import (
 from safeft.shards import is_split
 from safeft.sites import Linear, bare, find_linears, plain_model
 from safeft.subspace import SafetySubspace
-
-logger = logging.getLogger(__name__)
 
 Tokens: TypeAlias = Literal["all", "prompt", "response"]
 
@@ -71,7 +69,7 @@ def locate_subspace(
         model: An aligned causal language model.
         tokenizer: Its tokenizer, or its processor where it sees images, with a chat template.
         harmful: Prompts it refuses, with the refusal as ``response``, or else the model's own
-            answer is used. Several languages may be mixed.
+            answer is used, where answers are read. Several languages may be mixed.
         energy: The least share of each input's energy (mean squared length of the projection of a
             token) that its directions hold, in (0, 1); 0.9 where nothing else is given.
         rank_share: Directions as a share of each input's features, in (0, 1), instead.
@@ -109,7 +107,9 @@ def locate_subspace(
         "batch_size": batch_size, "max_length": max_length, "chat_template": chat_template,
     }  # fmt: skip
     with evaluation_mode(model):
-        ready = answered(model, tokenizer, asked, share=share, **batching)
+        ready = asked
+        if tokens != "prompt":
+            ready = answered(model, tokenizer, asked, share=share, **batching)
         aside = ready[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
         aside = aside if len(aside) >= _LEAST_HELD_OUT else []
         used = [prompt for prompt in ready if not any(prompt is other for other in aside)]
@@ -249,26 +249,32 @@ def choose_ranks(
         {'a': 2}
     """
     kind, value = amount
+    spans = {inlet: _span(values) for inlet, values in spectra.items()}
     if kind == "rank_share":
         ranks_ = {i: max(1, round(value * len(values))) for i, values in spectra.items()}
     elif kind == "energy":
         ranks_ = {i: _rank_of(values, value) for i, values in spectra.items()}
     else:
-        ranks_ = _within(spectra, outputs, value)
+        ranks_ = _within(spectra, spans, outputs, value)
     for inlet, values in spectra.items():
-        span = int((values > values[0] * len(values) * torch.finfo(torch.float32).eps).sum())
         if ranks_[inlet] >= len(values):
             raise SelectionError(
                 f"{kind}={value} takes all {len(values)} directions of what {inlet} receives, "
                 "which leaves its layers nothing to learn with. Give less."
             )
-        if ranks_[inlet] > span:
+        if ranks_[inlet] > spans[inlet]:
+            largest = min(span / len(spectra[other]) for other, span in spans.items())
             raise SelectionError(
                 f"{kind}={value} asks for {ranks_[inlet]} directions of what {inlet} receives, and "
-                f"the prompts' tokens span {span} of its {len(values)}. Give more prompts, or at "
-                f"most rank_share={span / len(values):.3f}."
+                f"the prompts' tokens span {spans[inlet]} of its {len(values)}. Give more prompts, "
+                f"or at most rank_share={math.floor(largest * 1e6) / 1e6}."
             )
     return ranks_
+
+
+def _span(values: Tensor) -> int:
+    """How many eigenvalues, the largest first, are more than rounding."""
+    return int((values > values[0] * len(values) * torch.finfo(torch.float32).eps).sum())
 
 
 def _rank_of(values: Tensor, energy: float) -> int:
@@ -276,15 +282,18 @@ def _rank_of(values: Tensor, energy: float) -> int:
 
 
 def _within(
-    spectra: Mapping[str, Tensor], outputs: Mapping[str, int], memory: float
+    spectra: Mapping[str, Tensor],
+    spans: Mapping[str, int],
+    outputs: Mapping[str, int],
+    memory: float,
 ) -> dict[str, int]:
-    """The highest energy whose ``W U`` and U fit, by halving."""
+    """The highest energy whose ``W U`` and U fit, as far as tokens span, by halving."""
     low, high = 0.0, 1.0
     for _ in range(20):
         middle = (low + high) / 2
         ranks_ = {inlet: _rank_of(values, middle) for inlet, values in spectra.items()}
         size = sum(4 * k * (outputs[i] + len(spectra[i])) for i, k in ranks_.items())
-        full = any(k >= len(spectra[i]) for i, k in ranks_.items())
+        full = any(k >= len(spectra[i]) or k > spans[i] for i, k in ranks_.items())
         low, high = (low, middle) if full or size > memory * _GIB else (middle, high)
     if not low:
         raise SelectionError(
@@ -400,10 +409,17 @@ def chosen_tokens(batch: Batch, tokens: Tokens) -> Tensor:
 def unit_tokens(linear: Linear, values: Tensor, chosen: Tensor) -> Tensor:
     """The chosen tokens of an input at length 1, float32 ``(tokens, features)``.
 
+    Some layers receive prompts and tokens as one axis (of mixtures, OPT's), or one more between.
+
     Raises:
-        CaptureError: Some number is not finite.
+        CaptureError: Some number is not finite, or the layer receives a part of the tokens only.
     """
-    found = values[chosen.to(values.device)].float()
+    if values.shape[:-1].numel() != chosen.numel():
+        raise CaptureError(
+            f"{linear.module} receives {tuple(values.shape)} for {tuple(chosen.shape)} prompts and "
+            "tokens, so it is unknown which of them these are. Such a layer cannot be located."
+        )
+    found = values.reshape(*chosen.shape, -1)[chosen.to(values.device)].float()
     if not bool(found.isfinite().all()):
         raise CaptureError(
             f"What {linear.module} receives is not finite on the safety prompts, so no direction "
