@@ -39,6 +39,8 @@ SCHEMA_VERSION = 1
 _SAMPLED_ROWS = 16
 """Rows of a weight that tell one checkpoint from another; to read all would cost a pass."""
 
+_TOKENS = "safeft.tokens"
+
 _CARD = """---
 library_name: safeft
 tags: [safeft, safety, subspace]
@@ -63,6 +65,8 @@ class SafetySubspace:
         readers: Weight name to the input it is multiplied with.
         outputs: Weight name to its number of outputs.
         digests: Weight name to a digest of some of its rows.
+        tokens: The tokens of the calibration prompts and answers, int64, sorted: whose embeddings
+            must stay where they are too.
         model: The fingerprint of the model it was found in.
         source: Method, settings, hashes of the calibration data, and how well other safety
             prompts are covered.
@@ -77,6 +81,7 @@ class SafetySubspace:
     readers: Mapping[str, str]
     outputs: Mapping[str, int]
     digests: Mapping[str, int]
+    tokens: Tensor
     model: ModelFingerprint
     source: Mapping[str, Any]
 
@@ -87,6 +92,7 @@ class SafetySubspace:
         directions: Mapping[str, Tensor],
         readers: Mapping[str, str],
         source: Mapping[str, Any] | None = None,
+        tokens: Tensor | None = None,
     ) -> Self:
         """The subspace of these directions in ``model``, with digests of its weights as they are.
 
@@ -95,6 +101,7 @@ class SafetySubspace:
             directions: Input to ``(features, rank)``; need not be orthonormal.
             readers: Weight name to input.
             source: How they were found.
+            tokens: Of the prompts they were found on.
 
         Raises:
             SelectionError: No weight or an unknown one, a rank of 0, one that leaves no free
@@ -117,6 +124,7 @@ class SafetySubspace:
             dict(readers),
             {name: linears[name].outputs for name in readers},
             {name: _digest(weights, name) for name in readers},
+            torch.zeros(0, dtype=torch.long) if tokens is None else tokens.unique().cpu(),
             ModelFingerprint.of(model),
             dict(source or {"method": "given"}),
         )
@@ -148,6 +156,7 @@ class SafetySubspace:
         for inlet, found in self.directions.items():
             digest.update(json.dumps([inlet, *found.shape]).encode())
             digest.update(found.contiguous().view(torch.uint8).numpy().data)
+        digest.update(self.tokens.numpy().tobytes())
         return digest.hexdigest()
 
     def at_random(self, seed: int = 0) -> Self:
@@ -158,7 +167,7 @@ class SafetySubspace:
             for inlet, found in self.directions.items()
         }
         source = {"method": "random", "seed": seed, "ranks_of": dict(self.source)}
-        kept = (self.readers, self.outputs, self.digests, self.model)
+        kept = (self.readers, self.outputs, self.digests, self.tokens, self.model)
         return type(self)(drawn, *kept, source)
 
     def moved(self, weights: Weights) -> list[str]:
@@ -198,7 +207,8 @@ class SafetySubspace:
         """
         folder = Path(folder)
         check_own(folder, "SafetySubspace")
-        data = save({inlet: found.contiguous() for inlet, found in self.directions.items()})
+        tensors = {inlet: found.contiguous() for inlet, found in self.directions.items()}
+        data = save(tensors | {_TOKENS: self.tokens})
         config = {
             "safeft": SCHEMA_VERSION,
             "kind": "SafetySubspace",
@@ -262,6 +272,7 @@ class SafetySubspace:
             _check_some(readers)
             for name, inlet in readers.items():
                 _check_rank(name, tuple(found[inlet].shape), found[inlet].shape[0])
+            tokens = tensors[_TOKENS]
             source = dict(config.get("source", {}))
         except ArtefactError:
             raise
@@ -272,7 +283,7 @@ class SafetySubspace:
                 f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
                 "Locate again or restore it."
             ) from error
-        return cls(found, readers, outputs, digests, fingerprint, source)
+        return cls(found, readers, outputs, digests, tokens, fingerprint, source)
 
 
 def load_protected(folder: str | Path) -> "NeuronSet | SafetySubspace":

@@ -6,7 +6,7 @@ factor the same with ``A U = 0``. Where an engine cuts a line of W over processe
 partitions do, at each border), the products of its parts are summed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +120,9 @@ class DirectionPin:
     def __init__(
         self, directions: Sequence[Directions], weights: Weights, *, everywhere: bool = False
     ) -> None:
-        self._held = [replace(d, basis=broadcast(d.basis)) for d in directions]
+        bases = {id(d.basis): d.basis for d in directions}  # layers with one input share theirs
+        bases = {key: broadcast(basis) for key, basis in bases.items()}
+        self._held = [replace(d, basis=bases[id(d.basis)]) for d in directions]
         self._targets: list[Tensor | None] | None = None
         self._scales: list[float] = []
         self._boxes: list[list[_Box]] = [[] for _ in directions]
@@ -175,8 +177,13 @@ class DirectionPin:
         if directions is not None:
             bases = [held.basis for held in self._held]
             self._held = [replace(d, basis=b) for d, b in zip(directions, bases, strict=True)]
-        for held in self._held:
+        moving: dict[tuple[int, torch.device], Tensor] = {}
+        for number, held in enumerate(list(self._held)):  # kept meanwhile: an id may be used again
             _check_whole(held)
+            place = (id(held.basis), held.parameter.device)
+            if place not in moving:
+                moving[place] = held.basis.to(held.parameter.device)
+            self._held[number] = replace(held, basis=moving[place])
         moved = self._place() if self._targets is not None else self._place_again()
         self._optimizer = optimizer
         self.fired, self.pins, self._stepped = [0] * len(self._held), 0, set()
@@ -206,11 +213,7 @@ class DirectionPin:
             for shard in copies(held.parameter):
                 self._devices[number] = shard.device
                 self._boxes[number], self._cut[number] = self._laid(held, shard, target)
-                gaps = self._gaps([number])
-                change = self._relative(number, [gap for _, _, gap in gaps])
-                off |= change > tolerance(shard.dtype)
-                for _, box, gap in gaps:
-                    box.put_back(gap)
+                off |= self._put_right(number) > tolerance(shard.dtype)
             moved += off
         self._targets = None
         return moved
@@ -230,12 +233,16 @@ class DirectionPin:
             self._boxes[number] = [
                 replace(new, target=was.target) for new, was in zip(again, old, strict=True)
             ]
-            gaps = self._gaps([number])
-            dtype = held.parameter.dtype
-            moved += self._relative(number, [gap for _, _, gap in gaps]) > tolerance(dtype)
-            for _, box, gap in gaps:
-                box.put_back(gap)
+            moved += self._put_right(number) > tolerance(held.parameter.dtype)
         return moved
+
+    def _put_right(self, number: int) -> float:
+        """Put one weight's directions back; how far they were off here, relatively."""
+        squares = 0.0
+        for _, box, gap in self._gaps([number]):
+            squares += float(gap.square().sum())
+            box.put_back(gap)
+        return squares**0.5 / self._scales[number]
 
     def _laid(
         self, held: Directions, shard: Shard, target: Tensor | None
@@ -272,7 +279,7 @@ class DirectionPin:
         zero = keeper(held.parameter) == "zero"
         blocks = (Block((0, 0, 0), held.form),) if zero else live(held.parameter).blocks
         turned = held.axis == "rows"
-        basis = held.basis.to(held.parameter.device)
+        basis = held.basis
         sums = keeper(held.parameter) == "plain"
 
         def change(gradient: Tensor) -> None:
@@ -294,47 +301,45 @@ class DirectionPin:
     def _after_step(self, *_: Any) -> None:
         assert self._optimizer is not None
         flat = stepped_storages((held.parameter for held in self._held), self._optimizer)
-        drifts = {}
+        squares: dict[int, float] = {}
         for number, box, gap in self._gaps(range(len(self._held)), flat):
             if self.measuring:
-                drifts.setdefault(number, []).append(gap)
+                squares[number] = squares.get(number, 0.0) + float(gap.square().sum())
             box.put_back(gap)
             self._stepped.add(number)
-        for number, gaps in drifts.items():
-            squares = sum(float(gap.square().sum()) for gap in gaps)
-            self._drift = max(self._drift, squares**0.5 / self._scales[number])
+        for number, square in squares.items():
+            self._drift = max(self._drift, square**0.5 / self._scales[number])
         self.pins += 1
 
     def _gaps(
         self, numbers: Sequence[int], flat: set[int] | None = None
-    ) -> list[tuple[int, _Box, Tensor]]:
-        """Every stored piece with its gap; those of cut lines are put together over processes."""
-        found: list[tuple[int, _Box, Tensor | None]] = []
+    ) -> Iterator[tuple[int, _Box, Tensor]]:
+        """Every stored piece with its gap, one after the other.
+
+        Together they would take as much memory as the targets. Products of cut lines are put
+        together over processes first, all at once.
+        """
+        here = [
+            (number, box)
+            for number in numbers
+            for box in self._boxes[number]
+            if flat is None or box.open().untyped_storage().data_ptr() in flat
+        ]
         sums = {
             n: torch.zeros(self._cut[n], self._held[n].basis.shape[1], device=self._devices[n])
             for n in numbers
             if self._cut[n]
         }
-        for number in numbers:
-            for box in self._boxes[number]:
-                if flat is not None and box.open().untyped_storage().data_ptr() not in flat:
-                    continue
-                products = box.products()
-                if box.slots is not None:
-                    sums[number].index_add_(0, box.slots, products)
-                found.append((number, box, None if box.slots is not None else products))
+        for number, box in here:
+            if box.slots is not None:
+                sums[number].index_add_(0, box.slots, box.products())
         if sums:
             total = summed(torch.cat([part.flatten() for part in sums.values()]))
             parts = total.split([part.numel() for part in sums.values()])
             sums = {n: p.view_as(sums[n]) for n, p in zip(sums, parts, strict=True)}
-        return [
-            (n, box, box.gap(sums[n][box.slots] if products is None else products))
-            for n, box, products in found
-        ]
-
-    def _relative(self, number: int, gaps: Sequence[Tensor]) -> float:
-        """What this process knows of the relative change of one weight's ``W U``."""
-        return float(sum(float(gap.square().sum()) for gap in gaps)) ** 0.5 / self._scales[number]
+        for number, box in here:
+            whole = box.slots is None
+            yield number, box, box.gap(box.products() if whole else sums[number][box.slots])
 
     @torch.no_grad()
     def changes(self) -> list[float]:
@@ -343,13 +348,9 @@ class DirectionPin:
         ``norm(W U - W0 U) / norm(W0 U)``, Frobenius; of a LoRA layer ``W - W0 = s B A``.
         """
         squares = torch.zeros(len(self._held), dtype=torch.double)
-        seen = self._gaps(range(len(self._held)))
-        for number, held in enumerate(self._held):
-            gaps = [(box, gap) for n, box, gap in seen if n == number]
-            if held.partner is None:
-                for box, gap in gaps:
-                    counted = gap if box.mine is None else gap[box.mine]
-                    squares[number] += float(counted.double().square().sum())
+        for number, box, gap in self._gaps(range(len(self._held))):
+            counted = gap if box.mine is None else gap[box.mine]
+            squares[number] += float(counted.double().square().sum())
         everywhere = torch.stack(gathered(squares)) if ranks() > 1 else squares[None]
         found = []
         for number, held in enumerate(self._held):

@@ -7,7 +7,7 @@ after merging too.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from safeft.weights import ModelWeights
 Mode: TypeAlias = Literal["freeze", "train_only"]
 """``freeze`` holds the neurons; ``train_only`` holds everything else (Precise Shield)."""
 
-Group: TypeAlias = Literal["embeddings", "norms", "head", "biases"]
-"""Whole groups of parameters that can be held beside the neurons."""
+Group: TypeAlias = Literal["embeddings", "norms", "head", "biases", "tokens"]
+"""Groups of parameters that can be held beside neurons or directions; ``tokens`` are the embeddings
+of those that a subspace was found on, the others whole."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ def make_plan(
                 if id(held.parameter) not in held_whole
             ]
             rest = uncovered(plain, directions, whole)
+            if "tokens" in (hold or ()):
+                rest.pop(_hold_tokens(plain, subspace, draft), None)
             left = set() if hold is None else set(group_parameters(plain, get_args(Group)))
             loose = tuple(name for name in rest if name in left)
             whole |= {name: found for name, found in rest.items() if name not in loose}
@@ -170,6 +173,11 @@ def _check_wanted(
         raise ConfigError(f"hold={unknown} names none of {', '.join(get_args(Group))}.")
     if neurons is None and subspace is None:
         raise ConfigError("Neither neurons nor a subspace is given, so nothing would be held.")
+    if "tokens" in (hold or ()) and subspace is None:
+        raise ConfigError(
+            "hold=['tokens'] means the tokens that a subspace was found on, and none is given. "
+            "Hold 'embeddings' instead."
+        )
     if neurons is not None and not len(neurons):
         raise FreezeError(
             "The set holds no neuron. Freezing nothing protects nothing, and it would look like "
@@ -178,6 +186,23 @@ def _check_wanted(
     if mode == "train_only" and (hold or subspace is not None):
         given = f"hold={list(hold or ())}" if subspace is None else "A subspace"
         raise ConfigError(f"{given} goes with mode='freeze'; train_only holds all but the neurons.")
+
+
+def _hold_tokens(plain: Any, subspace: SafetySubspace, draft: _Draft) -> str:
+    """Hold the embeddings of the tokens the subspace was found on; gives the weight's name."""
+    embeddings, head = dense(plain.get_input_embeddings()), plain.get_output_embeddings()
+    weight: Any = embeddings.weight
+    name = next(name for name, found in plain.named_parameters() if found is weight)
+    if head is not None and dense(head).weight is weight:
+        raise ConfigError(
+            "hold=['tokens'] frees the embeddings of other tokens, and this model's head reads the "
+            "same weights: their odds would move in every answer. Hold 'embeddings' instead."
+        )
+    draft.slices.append(Slice(plain_name(name), "rows", subspace.tokens))
+    if weight.requires_grad:
+        form = form_of(shape_of(weight))
+        draft.holds.append(Hold(plain_name(name), weight, "rows", subspace.tokens, False, form))
+    return plain_name(name)
 
 
 def _held_inputs(plain: nn.Module, draft: _Draft) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ sinks carry most of the raw energy of a large model.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -119,12 +120,10 @@ def locate_subspace(
             reading.gather(fitter, used, inlets)
         directions = fitter.directions(amount)
         source: dict[str, Any] = {"method": "subspace", "tokens": tokens, **dict([amount])}
-        found = SafetySubspace.of(model, directions, fitter.readers, source)
+        found = SafetySubspace.of(model, directions, fitter.readers, source, reading.seen)
         source["coverage"] = reading.coverage(found, linears, aside) if aside else {}
     source["calibration"] = calibrated({"harmful": used, "held_out": aside})
-    return SafetySubspace(
-        found.directions, found.readers, found.outputs, found.digests, found.model, source
-    )
+    return replace(found, source=source)
 
 
 Amount: TypeAlias = tuple[Literal["energy", "rank_share", "memory"], float]
@@ -318,6 +317,7 @@ class _Reading:
         self._model, self._tokenizer = model, tokenizer
         self._tokens: Tokens = tokens
         self._share, self._batching = share, batching
+        self.seen = torch.zeros(0, dtype=torch.long)
 
     def _batches(self, prompts: Sequence[Prompt], description: str) -> Iterator[Batch]:
         every, mine = (ranks(), rank()) if self._share else (1, 0)
@@ -345,6 +345,10 @@ class _Reading:
         """One pass over the prompts for some of the inputs; sums of all processes."""
         for batch in self._batches(prompts, "reading safety prompts"):
             fitter.update(batch, inlets)
+            ids = batch.input_ids[batch.attention_mask.bool()].cpu()
+            self.seen = torch.cat([self.seen, ids]).unique()
+        if self._share:
+            self.seen = torch.cat(gathered(self.seen)).unique()
         if not self._share or ranks() == 1:
             return
         device = next(self._model.parameters()).device
