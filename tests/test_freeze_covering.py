@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from safeft import SafetyFreezeCallback, SafetySubspace, find_sites
+from safeft import SafetyFreezeCallback, SafetySubspace, find_sites, verify
 from safeft.errors import ConfigError, FingerprintError, FreezeError
 from safeft.freeze.plan import Plan, make_plan
 from safeft.subspace import load_protected
@@ -158,6 +159,68 @@ def test_neurons_and_directions_are_planned_together() -> None:
     held = {hold.name for hold in plan.holds}
     assert held < names(plan)["covered"]
     assert names(plan)["whole"] == {EMBEDDINGS} | norms_of(model)
+
+
+# --- embeddings of some tokens ------------------------------------------------------------------
+
+
+def with_tokens(model: nn.Module, *tokens: int) -> SafetySubspace:
+    return replace(subspace_of(model), tokens=torch.tensor(tokens))
+
+
+def test_of_embeddings_those_of_the_prompts_tokens_can_be_held_alone() -> None:
+    model = model_of()
+    span = with_tokens(model, 3, 70, 200)
+    plan = planned(model, span, hold=("tokens", "norms"))
+    (hold,) = plan.holds
+    assert (hold.name, hold.axis, hold.entries.tolist()) == (EMBEDDINGS, "rows", [3, 70, 200])
+    assert hold.parameter is model.get_parameter(EMBEDDINGS)
+    assert names(plan)["whole"] == norms_of(model)
+    assert names(plan)["loose"] == set()
+    (piece,) = [piece for piece in plan.slices if piece.name == EMBEDDINGS]
+    assert piece.entries.tolist() == [3, 70, 200]
+    both = planned(model, span, hold=("tokens", "embeddings"))
+    assert both.holds == ()
+    assert EMBEDDINGS in names(both)["whole"]
+
+
+def test_tokens_beside_an_adapter_rest_anyway() -> None:
+    plan = planned(adapted(), with_tokens(model_of(), 3, 70), hold=("tokens",))
+    assert plan.holds == plan.still == ()
+    assert [piece.entries.tolist() for piece in plan.slices] == [[3, 70]]
+
+
+def test_tokens_that_cannot_be_held_are_refused() -> None:
+    model = model_of()
+    with pytest.raises(ConfigError, match="it knows of none.*hold 'embeddings'"):
+        planned(model, hold=("tokens",))
+    with pytest.raises(ConfigError, match="none is given. Hold 'embeddings'"):
+        make_plan(model, neurons_of(model), hold=("tokens",))
+    tied = model_of(tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="this model's head reads the same weights"):
+        planned(tied, with_tokens(tied, 3), hold=("tokens",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_hold_to_the_bit_in_training_and_in_verify(dtype: Any, tmp_path: Path) -> None:
+    model = model_of(dtype)
+    model.save_pretrained(tmp_path / "base")
+    base, span = state_of(model), with_tokens(model, *range(5, 150))
+    callback = SafetyFreezeCallback(span, hold=("tokens", "norms"))
+    trainer = trainer_of("Trainer", model, tmp_path / "run", [callback], weight_decay=0.1)
+    trainer.train()
+    now = model.get_parameter(EMBEDDINGS)
+    assert torch.equal(now[5:150], base[EMBEDDINGS][5:150])
+    assert (now != base[EMBEDDINGS]).any(1)[150:].sum() > 10
+    assert callback.certificate.exact
+    trainer.save_model(str(tmp_path / "tuned"))
+    hold = ("tokens", "norms")
+    assert verify(tmp_path / "base", tmp_path / "tuned", span, hold=hold).exact
+    assert not verify(tmp_path / "base", tmp_path / "tuned", span).exact
+    with torch.no_grad():
+        now[149, 3] += 1
+    (violation,) = verify(tmp_path / "base", model, span, hold=hold).violations
+    assert (violation.tensor, violation.index) == (EMBEDDINGS, 149)
 
 
 # --- adapters -----------------------------------------------------------------------------------

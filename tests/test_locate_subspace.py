@@ -231,6 +231,19 @@ def test_what_was_asked_is_written_down() -> None:
     assert one["harmful"]["sha256"] != other["harmful"]["sha256"]
 
 
+@pytest.mark.parametrize("tokens", ["all", "response"])
+def test_all_tokens_it_was_found_on_are_known(tokens: Any) -> None:
+    """Those of prompts kept aside are not, template and answer are, whichever are read."""
+    aside = {"prompt": "~~~", "response": "~"}
+    prompts = [*MANY[:7], aside, *MANY[7:14], aside]
+    found = locate(prompts=prompts, tokens=tokens, energy=0.5)
+    used = [pair for n, pair in enumerate(prompts) if n % 8 != 7]
+    assert found.tokens.tolist() == sorted(set(Inputs(tiny_model(), used).ids))
+    (tilde,) = tiny_tokenizer()("~")["input_ids"]
+    assert tilde not in found.tokens
+    assert 0 not in found.tokens  # padding
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_model().train()
     before = {name: p.clone() for name, p in model.named_parameters()}

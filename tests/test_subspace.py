@@ -108,6 +108,19 @@ def test_it_comes_back_bit_by_bit(name: str, tmp_path: Path) -> None:
     back.save_pretrained(tmp_path)  # its own folder may be written again
 
 
+def test_the_tokens_it_was_found_on_are_kept_sorted_and_once(tmp_path: Path) -> None:
+    given = torch.tensor([7, 3, 200, 3])
+    found = SafetySubspace.of(MODEL, directions(), READERS, tokens=given)
+    assert found.tokens.tolist() == [3, 7, 200]
+    assert small().tokens.tolist() == []
+    assert found.hash != small().hash
+    assert found.at_random().tokens.tolist() == [3, 7, 200]
+    found.save_pretrained(tmp_path)
+    back = SafetySubspace.from_pretrained(tmp_path)
+    assert torch.equal(back.tokens, found.tokens)
+    assert back.hash == found.hash
+
+
 def test_the_card_says_that_it_is_sensitive(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "Sensitive" in card

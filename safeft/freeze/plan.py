@@ -178,6 +178,11 @@ def _check_wanted(
             "hold=['tokens'] means the tokens that a subspace was found on, and none is given. "
             "Hold 'embeddings' instead."
         )
+    if "tokens" in (hold or ()) and subspace is not None and not len(subspace.tokens):
+        raise ConfigError(
+            "hold=['tokens'] means the tokens that the subspace was found on, and it knows of none "
+            "(it was not located, but given). All embeddings would be free; hold 'embeddings'."
+        )
     if neurons is not None and not len(neurons):
         raise FreezeError(
             "The set holds no neuron. Freezing nothing protects nothing, and it would look like "

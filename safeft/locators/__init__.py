@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from safeft.errors import ConfigError, PromptError
 from safeft.generation import evaluation_mode
 from safeft.locators.attribution import AttributionFitter
-from safeft.locators.calibration import answered, calibration, check_choice, prompts_hash
+from safeft.locators.calibration import answered, calibrated, check_choice, prompts_hash
 from safeft.locators.contrast import ContrastFitter
 from safeft.locators.grouping import Grouping, GroupSizes, check_sizes, group
 from safeft.locators.groups import UnitGroups
@@ -198,7 +198,7 @@ def locate(
         "method": method,
         **settings,
         **_unscored(scores),
-        "calibration": calibration(sides),
+        "calibration": calibrated(sides),
     }
     return NeuronSet.of(model, indices, source)
 
@@ -246,7 +246,7 @@ def locate_groups(
     found = {name: site for name, site in found.items() if name not in scores.unscored}
     grouping = group(scores, found, sizes)
     source = {"method": "variance", "sites": sites, **_unscored(scores)}
-    source["calibration"] = calibration(sides)
+    source["calibration"] = calibrated(sides)
     return UnitGroups.of(model, from_first(grouping) if share else grouping, source)
 
 

@@ -61,7 +61,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
 
 
-def calibration(sides: Mapping[Any, Sequence[Prompt]]) -> dict[str, Any]:
+def calibrated(sides: Mapping[Any, Sequence[Prompt]]) -> dict[str, Any]:
     """Number and hash of the prompts of each side."""
     return {
         side: {"count": len(prompts), "sha256": prompts_hash(prompts)}

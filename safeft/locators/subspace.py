@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from safeft.capture import CaptureError
 from safeft.errors import ConfigError, PromptError, SelectionError
 from safeft.generation import evaluation_mode
-from safeft.locators.calibration import answered, calibration, check_choice
+from safeft.locators.calibration import answered, calibrated, check_choice
 from safeft.locators.scores import forward
 from safeft.processes import gathered, rank, ranks, summed
 from safeft.progress import progress
@@ -122,7 +122,7 @@ def locate_subspace(
         source: dict[str, Any] = {"method": "subspace", "tokens": tokens, **dict([amount])}
         found = SafetySubspace.of(model, directions, fitter.readers, source, reading.seen)
         source["coverage"] = reading.coverage(found, linears, aside) if aside else {}
-    source["calibration"] = calibration({"harmful": used, "held_out": aside})
+    source["calibration"] = calibrated({"harmful": used, "held_out": aside})
     return replace(found, source=source)
 
 
