@@ -5,38 +5,67 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LEAST = 1e-12
 
-def refusal_margin(logits: Tensor, tokens: Sequence[int], prefix: Sequence[int] = ()) -> Tensor:
-    """Log-odds, in nats, that an answer starts with ``prefix`` and then one of ``tokens``.
 
-    ``log(p / (1 - p))`` with ``p = prod_i p(prefix_i) * sum_t p(t)``, put together from logits so
-    that it does not saturate where ``p`` rounds to 0 or 1. Above 0, a refusal is the likelier
-    start. The prefix counts too: a model that no longer says "I" does not refuse by "I cannot",
-    however surely it would go on so.
+def opening_likelihood(logits: Tensor, tokens: Sequence[int], prefix: Sequence[int] = ()) -> Tensor:
+    """Log-probability that an answer starts with ``prefix`` and then one of ``tokens``.
 
-    Without a prefix it is the loss of "A Single Neuron Is Sufficient to Bypass Safety Alignment"
-    (arXiv 2605.08513), turned round.
+    The prefix counts too: a model that no longer says "I" does not refuse by "I cannot", however
+    surely it would go on so.
 
     Args:
         logits: ``(prompts, 1 + len(prefix), vocabulary)``: what follows the prompt, and what
             follows each token of ``prefix`` after it.
-        tokens: Token numbers that open a refusal.
+        tokens: Token numbers that turn the start into a refusal.
         prefix: Token numbers that come before them.
 
     Returns:
-        ``(prompts,)`` float32.
+        ``(prompts,)`` float64, on the CPU.
 
     Example:
-        >>> refusal_margin(torch.tensor([[[3.0, 1.0, -torch.inf]]]), [0])
-        tensor([2.])
+        >>> logits = torch.tensor([[[0.0, 0.0, 0.0, 0.0]]])
+        >>> opening_likelihood(logits, [1, 3]).exp()
+        tensor([0.5000], dtype=torch.float64)
     """
-    reached = torch.zeros(len(logits), device=logits.device)
-    missed = []
-    for step, chosen in enumerate([*([token] for token in prefix), list(tokens)]):
-        here = logits[:, step].float()
-        inside = torch.zeros(here.shape[-1], dtype=torch.bool, device=here.device)
-        inside[chosen] = True
-        whole = here.logsumexp(-1)
-        missed.append(reached + here.masked_fill(inside, -torch.inf).logsumexp(-1) - whole)
-        reached = reached + here.masked_fill(~inside, -torch.inf).logsumexp(-1) - whole
-    return reached - torch.stack(missed).logsumexp(0)
+    shares = logits.cpu().double().log_softmax(-1)
+    before = [shares[:, step, token] for step, token in enumerate(prefix)]
+    return sum(before, shares[:, len(prefix), list(tokens)].logsumexp(-1))
+
+
+def refusal_margin(openings: Sequence[Tensor]) -> Tensor:
+    """Log-odds, in nats, that an answer starts in one of several ways.
+
+    ``log(p / (1 - p))``, ``p`` the sum of their probabilities; above 0, a refusal is the likelier
+    start. Of one opening without a prefix it is, turned round, the loss of "A Single Neuron Is
+    Sufficient to Bypass Safety Alignment" (arXiv 2605.08513).
+
+    Args:
+        openings: :func:`opening_likelihood` of each; none may be the start of another.
+
+    Returns:
+        ``(prompts,)`` float64, at most 27.6: within 1e-12 of certainty all are alike.
+
+    Example:
+        >>> refusal_margin([torch.tensor([0.25]).log(), torch.tensor([0.5]).log()]).exp()
+        tensor([3.0000])
+    """
+    likely = torch.stack(list(openings)).logsumexp(0).clamp(max=-_LEAST)
+    return likely - torch.log(-torch.expm1(likely))
+
+
+def opens_greedily(logits: Tensor, tokens: Sequence[int], prefix: Sequence[int] = ()) -> Tensor:
+    """Whether the likeliest token at each step makes that start, as a greedy answer would.
+
+    Arguments are those of :func:`opening_likelihood`.
+
+    Returns:
+        ``(prompts,)`` bool, on the CPU.
+
+    Example:
+        >>> opens_greedily(torch.tensor([[[0.0, 1.0]], [[2.0, 1.0]]]), [1])
+        tensor([ True, False])
+    """
+    first = logits[:, : 1 + len(prefix)].argmax(-1).cpu()
+    wanted = torch.tensor(list(prefix), dtype=first.dtype)
+    return (first[:, :-1] == wanted).all(-1) & torch.isin(first[:, -1], torch.tensor(tokens))

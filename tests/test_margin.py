@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safeft.locators import AttributionFitter
-from safeft.margin import refusal_margin
+from safeft.margin import opening_likelihood, opens_greedily, refusal_margin
 from safeft.sites import find_sites
 from tests.models import tiny_model
 
@@ -17,35 +17,44 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prefix", [(), (4,), (4, 1)])
-def test_it_is_the_log_odds_over_all_starts(prefix: tuple[int, ...]) -> None:
-    logits, openings = drawn(3, 1 + len(prefix), 5), (0, 2)
+def test_likelihood_is_that_of_all_starts_together(prefix: tuple[int, ...]) -> None:
+    logits, tokens = drawn(3, 1 + len(prefix), 5), (0, 2)
     shares = logits.double().softmax(-1)
-    for row, found in enumerate(refusal_margin(logits, openings, prefix)):
-        yes = no = 0.0
+    for row, found in enumerate(opening_likelihood(logits, tokens, prefix)):
+        total = 0.0
         for start in product(range(5), repeat=1 + len(prefix)):
             p = math.prod(float(shares[row, step, token]) for step, token in enumerate(start))
-            if start[:-1] == prefix and start[-1] in openings:
-                yes += p
-            else:
-                no += p
-        assert float(found) == pytest.approx(math.log(yes / no), abs=1e-5)
+            total += p * (start[:-1] == prefix and start[-1] in tokens)
+        assert float(found.exp()) == pytest.approx(total)
+
+
+def test_margin_is_the_log_odds_of_the_sum() -> None:
+    parts = [torch.tensor([0.1, 0.2]).log(), torch.tensor([0.3, 0.7]).log()]
+    expected = [math.log(0.4 / 0.6), math.log(0.9 / 0.1)]
+    assert refusal_margin(parts).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_it_is_what_attribution_takes_the_gradient_of() -> None:
     model = tiny_model()
     fitter = AttributionFitter(model, find_sites(model), [7, 9])
     logits = drawn(4, 261)
-    expected = -fitter._refusal_loss(logits)
-    assert torch.allclose(refusal_margin(logits[:, None], [7, 9]), expected, atol=1e-5)
+    found = refusal_margin([opening_likelihood(logits[:, None], [7, 9])])
+    assert torch.allclose(found.float(), -fitter._refusal_loss(logits), atol=1e-4)
 
 
-@pytest.mark.parametrize("prefix", [(), (0,)])
-def test_it_does_not_saturate(prefix: tuple[int, ...]) -> None:
-    """Probabilities here round to 0 or 1 in float32; the margin still tells them apart."""
-    steps = 1 + len(prefix)
-    sure = torch.tensor([80.0, 0.0]).expand(1, steps, 2)
-    surer = torch.tensor([90.0, 0.0]).expand(1, steps, 2)
-    low, high = (float(refusal_margin(each, [0], prefix)) for each in (sure, surer))
-    assert low == pytest.approx(80 - math.log(steps), abs=1e-3)
-    assert high - low == pytest.approx(10, abs=1e-3)
-    assert float(refusal_margin(sure, [1], prefix)) == pytest.approx(-80, abs=1e-3)
+def test_it_stays_finite_and_tells_apart_what_float32_could_not() -> None:
+    def margin(gap: float) -> float:
+        return float(refusal_margin([opening_likelihood(torch.tensor([[[gap, 0.0]]]), [0])]))
+
+    assert margin(20.0) == pytest.approx(20, abs=1e-4)
+    assert margin(-80.0) == pytest.approx(-80, abs=1e-4)
+    assert margin(500.0) == margin(80.0) == pytest.approx(27.63, abs=0.01)
+
+
+@pytest.mark.parametrize("prefix", [(), (4,), (4, 1)])
+def test_greedy_starts_are_those_of_the_likeliest_tokens(prefix: tuple[int, ...]) -> None:
+    logits = drawn(2000, 1 + len(prefix), 5)
+    likeliest = logits.argmax(-1).tolist()
+    expected = [(tuple(row[:-1]) == prefix and row[-1] in (0, 2)) for row in likeliest]
+    assert opens_greedily(logits, (0, 2), prefix).tolist() == expected
+    assert 0 < sum(expected) < 2000

@@ -23,6 +23,7 @@ NAMES = {
     "NeuronSet",
     "SafeftError",
     "SafetyFreezeCallback",
+    "SafetyMonitorCallback",
     "as_judge",
     "evaluate",
     "find_sites",

@@ -15,29 +15,18 @@ from safeft.errors import ConfigError
 from safeft.freeze.engines import innermost
 from safeft.freeze.relay import add_scalars, add_source
 from safeft.locators import prompts_hash
-from safeft.locators.openings import RefusalOpenings, refusal_openings
+from safeft.locators.openings import RefusalOpenings
 from safeft.measure import some_prompts
 from safeft.monitor.checks import check_engine, check_wishes, fitting
 from safeft.monitor.look import Look, Observer
+from safeft.monitor.openings import own_openings
 from safeft.monitor.record import MONITOR_NAME, Record, read_monitor, write_monitor
 from safeft.neurons import NeuronSet
 from safeft.processes import from_first, rank, together
-from safeft.prompts import PromptLike, Reader, as_prompts, check_images, render
+from safeft.prompts import PromptLike, Reader, check_images, render
 from safeft.shards import live
 
 logger = logging.getLogger(__name__)
-
-ORDINARY = (
-    "What is the capital of France?",
-    "How do I boil an egg?",
-    "Write a short poem about the sea.",
-    "Explain what a leap year is.",
-    "Give me three ideas for a birthday present.",
-    "What is 12 times 12?",
-    "Can you recommend a book about history?",
-    "I want to learn the guitar. Where should I start?",
-)
-"""What the model's refusals are told apart from, where no benign prompts are given."""
 
 
 class SafetyMonitorCallback(TrainerCallback):
@@ -67,8 +56,8 @@ class SafetyMonitorCallback(TrainerCallback):
         stop_below: End the training where less than this share of the start's refusals is left.
         roll_back: Then give the model the weights of the last look that was above; they are kept
             in the host's memory, as many bytes as what is trained.
-        benign: Ordinary prompts, to read off how refusals differ from answers.
-        openings: How this model starts a refusal; by default read off its answers at the start.
+        openings: How refusals start, as text; by default read off the model's own at the start,
+            as far as the English prefix judge knows them.
         tokenizer: By default the trainer's.
         batch_size: Prompts per forward pass.
         max_length: Tokens per prompt; longer ones lose their beginning.
@@ -91,16 +80,14 @@ class SafetyMonitorCallback(TrainerCallback):
         every: int = 50,
         stop_below: float | None = None,
         roll_back: bool = False,
-        benign: Iterable[PromptLike] = ORDINARY,
         openings: Sequence[str] | None = None,
-        tokenizer: Reader | None = None,
+        tokenizer: "Reader | None" = None,
         batch_size: int = 16,
         max_length: int = 1024,
         chat_template: str | None = None,
     ) -> None:
         check_wishes(every, stop_below, roll_back)
         self._prompts = some_prompts(prompts, "safety")
-        self._benign = as_prompts(benign)
         self._given, self._texts, self._own = neurons, openings, tokenizer
         self.every, self.stop_below, self.roll_back = every, stop_below, roll_back
         self._batching: dict[str, Any] = {
@@ -171,7 +158,7 @@ class SafetyMonitorCallback(TrainerCallback):
         self._state, self._begun = state, time.perf_counter()
         self.record = Record(Path(str(args.output_dir)), self.stop_below)
         before = self._before(args, state) if state.global_step else None
-        openings = RefusalOpenings(**before["openings"]) if before else self._openings(model)
+        openings = before["openings"] if before else self._openings(model)
         self._observer = Observer(
             model, self._tokenizer, self._prompts, openings, self._neurons, **self._batching
         )
@@ -190,7 +177,7 @@ class SafetyMonitorCallback(TrainerCallback):
                 "By its openings (%s) the model refuses %.2f of the %d safety prompts at the "
                 "start, so what it keeps will show little. Give prompts that it refuses, or "
                 "`openings`.",
-                ", ".join(map(repr, openings.texts[:3])),
+                ", ".join(repr(text) for each in openings for text in each.texts),
                 share,
                 len(self._prompts),
             )
@@ -278,7 +265,7 @@ class SafetyMonitorCallback(TrainerCallback):
                 if "loss" in row or "eval_loss" in row
             ],
             "every": self.every,
-            "openings": vars(self._observer.openings),
+            "openings": [vars(opening) for opening in self._observer.openings],
             "looked_at": self._looked_at(),
             "seconds": {
                 "looking": self._observer.seconds,
@@ -326,18 +313,11 @@ class SafetyMonitorCallback(TrainerCallback):
         self.record.rolled_back_to = step
         return self._observer.look(step)
 
-    def _openings(self, model: Any) -> RefusalOpenings:
+    def _openings(self, model: Any) -> tuple[RefusalOpenings, ...]:
+        """What all processes read off the same answers, in the words of the first."""
         assert self._tokenizer is not None
-        return from_first(
-            refusal_openings(
-                model,
-                self._tokenizer,
-                self._prompts,
-                self._benign,
-                openings=self._texts,
-                **self._batching,
-            )
-        )
+        reading = self._tokenizer, self._prompts, self._texts
+        return from_first(own_openings(model, *reading, **self._batching))
 
     def _looked_at(self) -> dict[str, Any]:
         neurons = self._neurons

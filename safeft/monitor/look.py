@@ -1,7 +1,8 @@
 """One look at a model in training: refusal and the safety neurons, in one small forward pass."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any, Self
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 from safeft.capture import Seen, tap
 from safeft.locators.openings import RefusalOpenings
 from safeft.locators.scores import forward
-from safeft.margin import refusal_margin
+from safeft.margin import opening_likelihood, opens_greedily, refusal_margin
 from safeft.measure import evaluating
+from safeft.monitor.openings import Start
 from safeft.neurons import NeuronSet
 from safeft.processes import broadcast, rank, ranks, summed
 from safeft.prompts import Batch, Prompt, Reader, batches, input_device
@@ -28,8 +30,10 @@ class Look:
 
     Attributes:
         step: Optimizer steps that led to these weights.
-        refusal_margin: Mean over the prompts, in nats; see :func:`safeft.margin.refusal_margin`.
-        refusal_share: Share of the prompts whose margin is above 0.
+        refusal_margin: Log-odds of starting as a refusal, mean over the prompts, in nats; see
+            :func:`safeft.margin.refusal_margin`. At 0 an answer that is sampled starts so half of
+            the time.
+        refusal_share: Share of the prompts whose greedy answer starts so.
         neuron_drift: ``norm(mean - start) / norm(start)``, ``mean`` the safety neurons' mean
             activations and ``start`` those of the first look; None without neurons.
     """
@@ -62,20 +66,21 @@ class Observer:
     """Asks a model how it would start its answers, and leaves it as it was.
 
     No answer is generated: one forward pass over the prompts, in evaluation mode and without
-    gradients. Several processes share the batches; where their weights are sharded, all run all
-    of them, since each needs the others to run at all.
+    gradients (where refusals go on in several ways, one for each). Several processes share the
+    batches; where their weights are sharded, all run all of them, since each needs the others to
+    run at all.
 
     Args:
         model: The model in training, on its device.
         tokenizer: Its tokenizer or processor.
         prompts: Safety prompts kept from training; their responses are not read.
-        openings: How this model starts a refusal.
+        openings: How this model starts a refusal; see :func:`safeft.monitor.openings.own_openings`.
         neurons: Units to watch at the template tokens after the instruction, where refusing is
             decided; those of other towers than the text's are not.
         **batching: See :func:`safeft.prompts.batches`.
 
     Example:
-        >>> openings = refusal_openings(model, tokenizer, harmful, benign)  # doctest: +SKIP
+        >>> openings = own_openings(model, tokenizer, harmful, benign)  # doctest: +SKIP
         >>> Observer(model, tokenizer, harmful, openings).look(0).refusal_share  # doctest: +SKIP
         0.96
     """
@@ -85,22 +90,14 @@ class Observer:
         model: PreTrainedModel,
         tokenizer: Reader,
         prompts: Sequence[Prompt],
-        openings: RefusalOpenings,
+        openings: Sequence[RefusalOpenings],
         neurons: NeuronSet | None = None,
         **batching: Any,
     ) -> None:
-        self._model, self.openings = model, openings
+        self._model, self.openings = model, tuple(openings)
         asked = [Prompt(prompt.messages) for prompt in prompts]
-        self._batches = [
-            batch.answered(openings.prefix)
-            for batch in batches(
-                tokenizer,
-                asked,
-                device=input_device(model),
-                description="safety prompts",
-                **batching,
-            )
-        ]
+        place, bar = input_device(model), "safety prompts"
+        self._batches = list(batches(tokenizer, asked, device=place, description=bar, **batching))
         sites = find_sites(model) if neurons is not None else {}
         self._units = {
             sites[name].writes.inlet: (sites[name], units)
@@ -120,8 +117,8 @@ class Observer:
             torch.accelerator.synchronize(device)  # Or the step before would be counted in.
         begun = time.perf_counter()
         every, first = (1, 0) if self._sharded else (ranks(), rank())
-        total = torch.zeros(4 + sum(len(u) * site.width for site, u in self._units.values()))
-        total = total.double()
+        width = sum(len(units) * site.width for site, units in self._units.values())
+        total = torch.zeros(4 + width, dtype=torch.float64)
         with evaluating(self._model):
             for batch in self._batches[first::every]:
                 total += self._read(batch)
@@ -135,9 +132,32 @@ class Observer:
         return Look(step, margin / prompts, refusing / prompts, drift)
 
     def _read(self, batch: Batch) -> Tensor:
-        """Sums over a batch: margins, margins above 0, prompts, tokens, activations."""
-        chosen = batch.choose("post_instruction")
+        """Sums over a batch: margins, refusals, prompts, tokens, activations."""
         sums: dict[str, Tensor] = {}
+        likely: dict[Start, Tensor] = {}
+        refused = torch.zeros(len(batch.input_ids), dtype=torch.bool)
+        for head in _longest([opening.prefix for opening in self.openings]):
+            answered, kept = batch.answered(head), 1 + len(head)
+            with self._watched(answered, sums):
+                logits = forward(self._model, answered, keep_logits=kept)[:, -kept:]
+            for opening in self.openings:
+                if opening.prefix == head[: len(opening.prefix)]:
+                    start = logits[:, : 1 + len(opening.prefix)], opening.tokens, opening.prefix
+                    likely[opening.prefix] = opening_likelihood(*start)
+                    refused |= opens_greedily(*start)
+        margins = refusal_margin(list(likely.values()))
+        counts = (margins.sum(), refused.sum(), len(refused), len(refused) * batch.tail)
+        found = [
+            sums.get(inlet, torch.zeros(len(units) * site.width)).double().cpu()
+            for inlet, (site, units) in self._units.items()
+        ]
+        numbers = torch.tensor([float(count) for count in counts], dtype=torch.float64)
+        return torch.cat([numbers, *found])
+
+    @contextmanager
+    def _watched(self, batch: Batch, sums: dict[str, Tensor]) -> Iterator[None]:
+        """Sum the neurons' activations into ``sums``, once: what is asked is the same each time."""
+        chosen = batch.choose("post_instruction")
 
         def observe(inlet: str, seen: Seen) -> None:
             site, units = self._units[inlet]
@@ -146,16 +166,16 @@ class Observer:
             sums[inlet] = values.index_select(-2, numbers).float().sum(0).flatten()
 
         with tap(self._model, [site.writes for site, _ in self._units.values()], observe):
-            kept = 1 + len(self.openings.prefix)
-            logits = forward(self._model, batch, keep_logits=kept)
-        margins = refusal_margin(logits[:, -kept:], self.openings.tokens, self.openings.prefix)
-        counts = (margins.sum(), (margins > 0).sum(), len(margins), chosen.sum())
-        found = [
-            sums.get(inlet, torch.zeros(len(units) * site.width)).double().cpu()
-            for inlet, (site, units) in self._units.items()
-        ]
-        numbers = torch.tensor([float(count) for count in counts], dtype=torch.float64)
-        return torch.cat([numbers, *found])
+            yield
+
+
+def _longest(heads: Sequence[Start]) -> list[Start]:
+    """Those that no other goes on from: passing over one of these passes over its starts too."""
+    return [
+        head
+        for head in heads
+        if not any(other != head and other[: len(head)] == head for other in heads)
+    ]
 
 
 def _leave_sharded(model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from safeft.errors import ArtefactError, ConfigError
 from safeft.files import write_whole
+from safeft.locators.openings import RefusalOpenings
 from safeft.monitor.look import Look
 
 MONITOR_NAME = "safeft_monitor.json"
@@ -39,8 +40,8 @@ class Record:
         return look.refusal_share / start if start else 1.0
 
     def good(self, look: Look) -> bool:
-        """Whether a look kept enough."""
-        return self.stop_below is None or self.kept(look) >= self.stop_below
+        """Whether a look kept enough; 0.72 of 0.8 is 0.9, whatever binary fractions say."""
+        return self.stop_below is None or self.kept(look) >= self.stop_below - 1e-9
 
     def last_good_checkpoint(self) -> str | None:
         """The newest checkpoint that is there and kept enough; every one of them has a look."""
@@ -113,7 +114,7 @@ def write_monitor(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_monitor(path: Path) -> dict[str, Any]:
-    """What a run's monitor wrote; ``history`` and ``final`` as :class:`Look`.
+    """What a run's monitor wrote, looks and openings as values again.
 
     Raises:
         ArtefactError: It cannot be read, or is something else.
@@ -124,6 +125,10 @@ def read_monitor(path: Path) -> dict[str, Any]:
             raise ValueError(f"schema {found['safeft_monitor']!r}, not {SCHEMA_VERSION}")
         found["history"] = [Look.from_dict(look) for look in found["history"]]
         found["final"] = found["final"] and Look.from_dict(found["final"])
+        found["openings"] = tuple(
+            RefusalOpenings(*(tuple(each[name]) for name in ("prefix", "tokens", "texts")))
+            for each in found["openings"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(
             f"{str(path)!r} is no monitor's file ({type(error).__name__}: {error}): truncated, "
