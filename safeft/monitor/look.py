@@ -179,8 +179,9 @@ def _longest(heads: Sequence[Start]) -> list[Start]:
 
 
 def _leave_sharded(model: Any) -> None:
-    """Without a backward pass FSDP2 would keep the last weights it gathered until the next step."""
+    """Without a backward pass FSDP2 keeps the last weights it gathered, whatever changes since."""
     from torch.distributed.fsdp import FSDPModule
 
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
