@@ -56,12 +56,13 @@ def trained(
     *,
     adapter: LoraConfig | None = None,
     resume: str | None = None,
+    kind: str = "Trainer",
     **settings: Any,
 ) -> Trainer:
     """Four steps at a rate that undoes a refusal soon; the trainer afterwards."""
     torch.manual_seed(0)  # adapters are drawn before the trainer seeds anything
     chosen = {"max_steps": 4, "learning_rate": 3e-2, "weight_decay": 0.1, **settings}
-    made = trainer_of("Trainer", model, folder, callbacks, peft_config=adapter, **chosen)
+    made = trainer_of(kind, model, folder, callbacks, peft_config=adapter, **chosen)
     made.train(resume_from_checkpoint=resume)
     return made
 

@@ -175,7 +175,7 @@ def test_a_diverged_run_is_written_in_strict_json_and_stops(
                 model.model.norm.weight.fill_(float("nan"))
 
     watch = monitor(stop_below=0.5)
-    trained(refusing(), tmp_path, [Break(), watch])
+    trained(refusing(), tmp_path, [Break(), watch], logging_nan_inf_filter=False)
     text = (tmp_path / MONITOR_NAME).read_text()
     found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert found["history"][1]["refusal_margin"] is None

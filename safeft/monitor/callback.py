@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -257,13 +257,13 @@ class SafetyMonitorCallback(TrainerCallback):
         assert self._state is not None
         assert self._observer is not None
         names = ("step", "loss", "eval_loss")
+        losses = [
+            {name: row[name] for name in names if isfinite(row.get(name, nan))}
+            for row in self._state.log_history
+        ]
         return {
             **self.record.to_dict(),
-            "losses": [
-                {name: row[name] for name in names if name in row}
-                for row in self._state.log_history
-                if "loss" in row or "eval_loss" in row
-            ],
+            "losses": [row for row in losses if len(row) > 1],
             "every": self.every,
             "openings": [vars(opening) for opening in self._observer.openings],
             "looked_at": self._looked_at(),

@@ -124,6 +124,7 @@ def read_monitor(path: Path) -> dict[str, Any]:
         if found["safeft_monitor"] != SCHEMA_VERSION:
             raise ValueError(f"schema {found['safeft_monitor']!r}, not {SCHEMA_VERSION}")
         found["history"] = [Look.from_dict(look) for look in found["history"]]
+        _ = found["looked_at"]["prompts"]["sha256"], [row["step"] for row in found["losses"]]
         found["final"] = found["final"] and Look.from_dict(found["final"])
         found["openings"] = tuple(
             RefusalOpenings(*(tuple(each[name]) for name in ("prefix", "tokens", "texts")))

@@ -32,7 +32,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """A matplotlib figure as SVG, the same bytes for the same figure."""
     stream = StringIO()
     # Without a date and with a fixed salt, the same result gives the same file.
     import matplotlib
@@ -49,7 +50,7 @@ def refusal_against_domain(comparison: Comparison) -> str:
     _lines(axes, comparison, lambda point: point.domain_loss)
     axes.invert_xaxis()
     axes.set_xlabel("domain loss, nats per answer token (falls to the right)")
-    return _svg(figure)
+    return svg(figure)
 
 
 def refusal_over_steps(comparison: Comparison) -> str:
@@ -57,7 +58,7 @@ def refusal_over_steps(comparison: Comparison) -> str:
     figure, axes = _figure(6.4, 3.4)
     _lines(axes, comparison, lambda point: point.step)
     axes.set_xlabel("training steps")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _lines(axes: Any, comparison: Comparison, across: Callable[[Point], float]) -> None:
@@ -87,7 +88,7 @@ def neurons_by_layer(comparison: Comparison) -> str:
     axes.set_xlabel("layer")
     axes.set_ylabel("share located")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    return _svg(figure)
+    return svg(figure)
 
 
 def pruned_groups(study: Mapping[str, Any]) -> str:
@@ -105,16 +106,17 @@ def pruned_groups(study: Mapping[str, Any]) -> str:
     grid = figure.add_gridspec(2 if len(swept) > 1 else 1, 6)
     titles = {"refusal": "harmful prompts refused", "utility": "questions answered right"}
     for number, (measure, title) in enumerate(titles.items()):
-        panel = _panel(figure, grid[0, 2 * number : 2 * number + 2], f"pruned: {title}")
-        _pruned(panel, study, measure)
+        axes = panel(figure, grid[0, 2 * number : 2 * number + 2], f"pruned: {title}")
+        _pruned(axes, study, measure)
         if len(swept) > 1:
-            panel = _panel(figure, grid[1, 3 * number : 3 * number + 3], f"SCU pruned: {title}")
-            _swept(panel, swept, study["dense"][measure]["value"], measure)
-    _agreement(_panel(figure, grid[0, 4:], "located twice: agreement (Jaccard)"), study)
-    return _svg(figure)
+            axes = panel(figure, grid[1, 3 * number : 3 * number + 3], f"SCU pruned: {title}")
+            _swept(axes, swept, study["dense"][measure]["value"], measure)
+    _agreement(panel(figure, grid[0, 4:], "located twice: agreement (Jaccard)"), study)
+    return svg(figure)
 
 
-def _panel(figure: Any, place: Any, title: str) -> Any:
+def panel(figure: Any, place: Any, title: str) -> Any:
+    """Axes in the pictures' style at a place of a grid."""
     axes = figure.add_subplot(place)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -209,7 +211,7 @@ def overlap_matrix(names: Sequence[str], pairs: Mapping[tuple[str, str], Overlap
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=axes, label="Jaccard index", shrink=0.8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def before_and_after(
@@ -243,7 +245,7 @@ def before_and_after(
         frameon=False,
         fontsize=8,
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 def by_arm(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -262,7 +264,7 @@ def by_arm(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         axes.set_xlabel(measure)
     axes_of[0].set_yticks(range(len(arms)), arms)
     axes_of[0].invert_yaxis()
-    return _svg(figure)
+    return svg(figure)
 
 
 def refusal_by_condition(effect: CausalEffect) -> str:
@@ -290,7 +292,7 @@ def refusal_by_condition(effect: CausalEffect) -> str:
         fontsize=8,
         loc="left",
     )
-    return _svg(figure)
+    return svg(figure)
 
 
 _OF_VERDICT = {"effect": 2, "no effect": 0, "broken": 5, "unknown": 1}
@@ -319,4 +321,4 @@ def effects(found: Mapping[str, Sequence[CausalEffect]]) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("effect: fall in refusal beyond that of random sets; 95% intervals")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return _svg(figure)
+    return svg(figure)
