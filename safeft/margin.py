@@ -52,20 +52,3 @@ def refusal_margin(openings: Sequence[Tensor]) -> Tensor:
     """
     likely = torch.stack(list(openings)).logsumexp(0).clamp(max=-_LEAST)
     return likely - torch.log(-torch.expm1(likely))
-
-
-def opens_greedily(logits: Tensor, tokens: Sequence[int], prefix: Sequence[int] = ()) -> Tensor:
-    """Whether the likeliest token at each step makes that start, as a greedy answer would.
-
-    Arguments are those of :func:`opening_likelihood`.
-
-    Returns:
-        ``(prompts,)`` bool, on the CPU.
-
-    Example:
-        >>> opens_greedily(torch.tensor([[[0.0, 1.0]], [[2.0, 1.0]]]), [1])
-        tensor([ True, False])
-    """
-    first = logits[:, : 1 + len(prefix)].argmax(-1).cpu()
-    wanted = torch.tensor(list(prefix), dtype=first.dtype)
-    return (first[:, :-1] == wanted).all(-1) & torch.isin(first[:, -1], torch.tensor(tokens))

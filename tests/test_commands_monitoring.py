@@ -7,7 +7,8 @@ import pytest
 from safeft.commands.monitoring import MonitorArguments, monitor_from
 from safeft.commands.parsing import parse
 from safeft.errors import ConfigError, PromptError
-from tests.monitoring import neurons_of, refusing, trained
+from safeft.judge import as_judge
+from tests.monitoring import neurons_of, refuses, refusing, trained
 
 
 def given(*keys: str) -> MonitorArguments:
@@ -33,9 +34,10 @@ def test_keys_reach_the_callback(prompts: str) -> None:
 def test_it_takes_the_trainers_tokenizer_and_the_protected_set(
     prompts: str, tmp_path: Path
 ) -> None:
-    keys = ["--monitor", prompts, "--monitor_column", "goal", "--refusal_openings", "N"]
+    keys = ["--monitor", prompts, "--monitor_column", "goal"]
     neurons_of(refusing()).save_pretrained(tmp_path / "set")
     (watch,) = monitor_from(given(*keys), tmp_path / "set")
+    watch._judge = as_judge(refuses)
     trained(refusing(), tmp_path / "run", [watch], kind="SFT", max_steps=1)
     assert watch.history[0].refusal_share == 1
     assert watch.history[-1].neuron_drift > 0

@@ -1,7 +1,6 @@
 """The monitor in trainings: what it logs and writes, when it stops; and it disturbs nothing."""
 
 import json
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from tests.monitoring import (
     dropping,
     monitor,
     neurons_of,
+    refuses,
     refusing,
     trained,
     weights_of,
 )
 
-SCALARS = ("safeft/refusal_margin", "safeft/refusal_share", "safeft/neuron_drift")
+SCALARS = ("safeft/refusal_share", "safeft/refusal_margin", "safeft/neuron_drift")
 SAVE: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 
 
@@ -119,7 +119,7 @@ def test_each_look_is_logged_at_its_step(settings: Any, rows: list[int], tmp_pat
     looks = {look.step: look for look in watch.history}
     for step, row in logged.items():
         look = looks[0 if step == 1 else step]
-        expected = [look.refusal_margin, look.refusal_share, look.neuron_drift]
+        expected = [look.refusal_share, look.refusal_margin, look.neuron_drift]
         assert [row[name] for name in SCALARS] == expected
         assert "loss" in row
 
@@ -180,7 +180,7 @@ def test_a_diverged_run_is_written_in_strict_json_and_stops(
     found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert found["history"][1]["refusal_margin"] is None
     assert found["stopped_at"] == 2
-    assert "not numbers any more" in caplog.text
+    assert "it has diverged" in caplog.text
 
 
 def test_every_checkpoint_has_a_look(tmp_path: Path) -> None:
@@ -202,6 +202,7 @@ def test_openings_are_the_models_own_and_go_into_the_file(tmp_path: Path) -> Non
         "I'm not able to", "I am unable to", "I am sorry, but", "I'm sorry, but"
     }  # fmt: skip
     assert watch.history[0].refusal_share > 0.7
+    assert json.loads((tmp_path / MONITOR_NAME).read_text())["judge"] == "prefix"
 
 
 # --- stopping, and rolling back ------------------------------------------------------------------
@@ -330,7 +331,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     given = str(tmp_path / "checkpoint-2")
     with pytest.raises(ConfigError, match="checkpoint of step 2 keeps 0.*Resume from an earlier"):
         trained(refusing(), tmp_path, [monitor(stop_below=1.0)], resume=given)
-    others = SafetyMonitorCallback(["another"], tokenizer=tiny_tokenizer(), openings=["No"])
+    others = SafetyMonitorCallback(["another"], tokenizer=tiny_tokenizer(), judge=refuses)
     with pytest.raises(ConfigError, match="written with other prompts or neurons"):
         trained(refusing(), tmp_path, [others], resume=given)
     (tmp_path / "checkpoint-2" / MONITOR_NAME).write_text('{"safeft_monitor": 1, "hist')
@@ -426,19 +427,15 @@ def test_engines_that_cannot_be_looked_at_or_put_back(
         watch.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
-def test_a_model_that_refuses_nothing_has_nothing_to_keep(
+def test_a_model_that_refuses_nothing_or_little(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ConfigError, match="refuses none.*Give prompts that it refuses"):
-        trained(tiny_model(), tmp_path, [monitor(stop_below=0.9)])
-    with pytest.raises(PromptError, match="None of 6 answers.*how its refusals start"):
-        trained(tiny_model(), tmp_path, [monitor(openings=None)])
+    with pytest.raises(PromptError, match="refuses none of the 6.*Give prompts that it refuses"):
+        trained(tiny_model(), tmp_path, [monitor()])
     assert not list(tmp_path.iterdir())
-    caplog.set_level(logging.WARNING)
-    watch = monitor()
-    trained(tiny_model(), tmp_path, [watch])
-    assert "refuses 0.00 of the 6 safety prompts at the start" in caplog.text
-    assert watch.record.kept(watch.history[-1]) == 1
+    seldom = monitor(judge=lambda prompts, answers: ["bomb" in prompt for prompt in prompts])
+    trained(refusing(), tmp_path, [seldom])
+    assert "refuses 0.17 of the 6 safety prompts, so what it keeps will show little" in caplog.text
 
 
 def test_added_after_the_trainer_was_built_it_works_as_well(tmp_path: Path) -> None:

@@ -9,13 +9,23 @@ from peft import get_peft_model
 
 from safeft import NeuronSet
 from safeft.demo.pictures import shapes
-from safeft.generation import generate_tokens
+from safeft.errors import PromptError
+from safeft.generation import generate
+from safeft.judge import as_judge
 from safeft.locators.openings import RefusalOpenings
 from safeft.monitor.look import Look, Observer
 from safeft.prompts import as_prompts
 from tests.families import FAMILIES
 from tests.models import tiny_model, tiny_tokenizer
-from tests.monitoring import PROMPTS, dropping, ids_of, neurons_of, opening, refusing
+from tests.monitoring import (
+    PROMPTS,
+    dropping,
+    ids_of,
+    neurons_of,
+    opening,
+    refuses,
+    refusing,
+)
 from tests.vlm import tiny_qwen2_vl
 
 FIRST = (RefusalOpenings((), (opening(),), ("N",)),)
@@ -29,7 +39,9 @@ SEVERAL = (
 
 def observer(model: Any, openings: Any = FIRST, **settings: Any) -> Observer:
     chosen = {"batch_size": 4, **settings}
-    return Observer(model, tiny_tokenizer(), as_prompts(PROMPTS), openings, **chosen)
+    made = Observer(model, tiny_tokenizer(), as_prompts(PROMPTS), as_judge(refuses), **chosen)
+    made.openings = openings
+    return made
 
 
 def shares_after(model: Any, ids: list[int]) -> torch.Tensor:
@@ -60,19 +72,34 @@ def test_margins_are_those_of_each_prompt_alone(openings: Any, batch_size: int) 
     assert look.neuron_drift is None
 
 
-def test_the_share_is_that_of_greedy_answers() -> None:
-    model = refusing(lean=8.0)
-    answers = generate_tokens(model, tiny_tokenizer(), as_prompts(PROMPTS), max_new_tokens=3)
-    assert len({tuple(ids) for ids in answers}) > 3
-    for starts in (
-        [answers[0][:3]],
-        [answers[0][:3], answers[3][:2]],
-        [answers[1][:1]],
-        [[*answers[0][:2], answers[0][2] + 1]],
-    ):
-        openings = [RefusalOpenings(tuple(ids[:-1]), (ids[-1],), ()) for ids in starts]
-        opened = sum(any(ids[: len(s)] == s for s in starts) for ids in answers)
-        assert observer(model, openings).look(0).refusal_share == opened / len(PROMPTS)
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_the_share_is_that_of_greedy_answers(batch_size: int) -> None:
+    model = refusing(lean=4.0)
+    answers = generate(model, tiny_tokenizer(), as_prompts(PROMPTS), max_new_tokens=16)
+    share = sum(refuses([], answers)) / len(PROMPTS)
+    assert 0 < share < 1
+    watch = observer(model, None, batch_size=batch_size)
+    assert watch.look(0).refusal_share == share
+    assert watch.openings == FIRST
+
+
+def test_openings_are_those_of_the_first_look() -> None:
+    """A later rewording is still a refusal, which the margin takes for a loss."""
+    model = refusing()
+    watch = observer(model, None)
+    before = watch.look(0)
+    watch._judge = as_judge(lambda prompts, answers: [True] * len(answers))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[opening()].mul_(-1)
+    after = watch.look(1)
+    assert watch.openings == FIRST
+    assert after.refusal_share == 1
+    assert after.refusal_margin < before.refusal_margin - 10
+
+
+def test_a_model_that_refuses_nothing_is_an_error_that_shows_what_it_says() -> None:
+    with pytest.raises(PromptError, match="To the judge .*refuses none of the 6 safety prompts"):
+        observer(tiny_model(), None).look(0)
 
 
 def test_ways_that_share_their_start_cost_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +107,7 @@ def test_ways_that_share_their_start_cost_one_pass(monkeypatch: pytest.MonkeyPat
     plain = model.forward
     monkeypatch.setattr(model, "forward", lambda **given: passes.append(1) or plain(**given))
     watch = observer(model, SEVERAL, batch_size=16)
+    watch._refused = lambda: [True] * 6  # pyright: ignore
     watch.look(0)
     assert len(passes) == 2  # Along (7, 120), which passes () and (7,), and along (8,).
 
@@ -178,7 +206,8 @@ def test_prompts_with_images() -> None:
     neurons = NeuronSet.of(
         model, {"model.language_model.layers.0.mlp": [1], "model.visual.blocks.0.mlp": [2]}
     )
-    watch = Observer(model, processor, prompts, FIRST, neurons, batch_size=4)
+    always = as_judge(lambda prompts, answers: [True] * len(answers))
+    watch = Observer(model, processor, prompts, always, neurons, batch_size=4)
     look = watch.look(0)
     assert math.isfinite(look.refusal_margin)
     assert watch.start is not None
@@ -187,9 +216,10 @@ def test_prompts_with_images() -> None:
 
 def test_a_diverged_model_refuses_nothing_and_says_so_in_strict_json() -> None:
     model = refusing()
+    watch = observer(model)
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
-    look = observer(model).look(1)
+    look = watch.look(1)
     assert math.isnan(look.refusal_margin)
     assert look.refusal_share == 0
     assert look.to_dict()["refusal_margin"] is None
@@ -197,7 +227,7 @@ def test_a_diverged_model_refuses_nothing_and_says_so_in_strict_json() -> None:
 
 
 def test_time_is_counted() -> None:
-    watch = observer(tiny_model())
+    watch = observer(refusing())
     assert watch.seconds == 0
     watch.look(0)
     assert watch.seconds > 0

@@ -1,83 +1,56 @@
 """How refusals start, as the tiny tokenizer writes it: a token a byte."""
 
-from collections import Counter
-from typing import Any
-
-import pytest
-
-from safeft.errors import PromptError
 from safeft.judge import PrefixJudge
-from safeft.monitor import openings as module
-from safeft.monitor.openings import _grouped, own_openings
+from safeft.locators.openings import RefusalOpenings
+from safeft.monitor.openings import openings_of
 from safeft.prompts import as_prompts
-from tests.models import tiny_model, tiny_tokenizer
+from tests.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(TOKENIZER(text)["input_ids"])
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER(text)["input_ids"])
 
 
-def found_in(monkeypatch: pytest.MonkeyPatch, answers: list[str], **settings: Any) -> list[str]:
-    """The openings' texts where the model answers so, in turn."""
-
-    def answered(*_: Any, **__: Any) -> list[list[int]]:
-        return [list(ids(text)) for text in answers]
-
-    monkeypatch.setattr(module, "generate_tokens", answered)
+def found_in(*answers: str) -> tuple[RefusalOpenings, ...]:
     prompts = as_prompts([f"prompt {n}" for n in range(len(answers))])
-    found = own_openings(tiny_model(), TOKENIZER, prompts, **settings)
+    return openings_of(prompts, [ids(text) for text in answers], PrefixJudge(), TOKENIZER)
+
+
+def test_they_are_as_short_as_the_judge_allows() -> None:
+    found = found_in("I cannot help", "I'm glad to help", "I cannot do it", "Sorry, but no", "")
+    texts = [text for each in found for text in each.texts]
+    assert texts == ["I cannot", "Sorry, but"]
+    assert PrefixJudge()([], [text[:-1] for text in texts]) == [False, False]
     for each in found:
         assert each.texts == tuple(TOKENIZER.decode([*each.prefix, t]) for t in each.tokens)
-    return [text for each in found for text in each.texts]
-
-
-def test_they_are_as_short_as_the_judge_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = ["I cannot help", "I'm glad to help", "I cannot do it", "Sorry, but no", "I'm able"]
-    found = found_in(monkeypatch, answers)
-    assert found == ["I cannot", "Sorry, but"]
-    assert PrefixJudge()([], found) == [True, True]
-    assert PrefixJudge()([], [text[:-1] for text in found]) == [False, False]
+        assert [*each.prefix, *each.tokens] == ids(each.texts[0])
 
 
 def test_starts_with_one_head_are_one_group() -> None:
-    starts = Counter({ids("ab"): 3, ids("ac"): 1, ids("x"): 2})
-    first, second = _grouped(starts, TOKENIZER)
-    assert (first.prefix, set(first.tokens)) == (ids("a"), {*ids("b"), *ids("c")})
-    assert (second.prefix, second.tokens) == ((), ids("x"))
+    (found,) = found_in("Sorry, but no", "Sorry, but so", "Sorry but no")[:1]
+    assert found.texts == ("Sorry, but",)
+    prompts = as_prompts(["a", "b"])
+    (both,) = openings_of(prompts, [ids("No"), ids("Nay")], _Three(), TOKENIZER)
+    assert (both.prefix, set(both.tokens)) == (tuple(ids("N")), {*ids("o"), *ids("a")})
 
 
-def test_rare_starts_are_left_out_and_there_are_six_at_most() -> None:
-    common = Counter({ids("ab"): 96, ids("cd"): 2, ids("ef"): 2})
-    assert [each.texts for each in _grouped(common, TOKENIZER)] == [("ab",)]
-    many = Counter({ids(f"{letter}x"): 1 for letter in "abcdefgh"})
-    assert len(_grouped(many, TOKENIZER)) == 6
+class _Three:
+    """Refusals are these two starts."""
+
+    name = "three"
+
+    def __call__(self, prompts: list[str], answers: list[str]) -> list[bool]:
+        return [answer.startswith(("No", "Na")) for answer in answers]
 
 
-def test_texts_given_are_taken_whole_without_those_that_others_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    found = found_in(monkeypatch, [], openings=["Non ", "No", "Mi dispiace", ""])
-    assert sorted(found) == ["Mi dispiace", "No"]
-    with pytest.raises(PromptError, match="hold no text"):
-        found_in(monkeypatch, [], openings=[" "])
+def test_rare_starts_are_left_out_and_there_are_four_at_most() -> None:
+    (found,) = found_in(*["I cannot help"] * 96, *["Sorry, but"] * 4)
+    assert found.texts == ("I cannot",)
+    several = ("I cannot", "Sorry, but", "I will not", "I refuse", "I decline", "I am unable to")
+    assert len(found_in(*several)) == 4
 
 
-def test_a_model_that_refuses_nothing_is_an_error_that_shows_what_it_says(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with pytest.raises(PromptError, match="None of 2 answers.*start as 'Sure, here'.*openings"):
-        found_in(monkeypatch, ["Sure, here", "Of course"])
-
-
-def test_prompts_answered_are_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def answered(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[list[int]]:
-        asked.extend(prompt.text for prompt in prompts)
-        return [list(ids("I cannot")) for _ in prompts]
-
-    monkeypatch.setattr(module, "generate_tokens", answered)
-    own_openings(tiny_model(), TOKENIZER, as_prompts([str(n) for n in range(130)]))
-    assert asked == [str(n) for n in range(0, 130, 3)]
+def test_answers_without_a_refusal_have_none() -> None:
+    assert found_in("Sure, here", "") == ()

@@ -23,9 +23,6 @@ class MonitorArguments:
     roll_back: bool = field(
         default=False, metadata={"help": "Then go back to the weights of the last good look."}
     )
-    refusal_openings: list[str] | None = field(
-        default=None, metadata={"help": "How refusals start, in a language other than English."}
-    )
 
 
 def monitor_from(arguments: MonitorArguments, neurons: Any = None) -> list[Any]:
@@ -60,6 +57,5 @@ def monitor_from(arguments: MonitorArguments, neurons: Any = None) -> list[Any]:
             every=arguments.monitor_every,
             stop_below=arguments.stop_below,
             roll_back=arguments.roll_back,
-            openings=arguments.refusal_openings,
         )
     ]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,9 @@ from safeft.errors import ConfigError
 from safeft.freeze.engines import innermost
 from safeft.freeze.relay import add_scalars, add_source
 from safeft.locators import prompts_hash
-from safeft.locators.openings import RefusalOpenings
-from safeft.measure import some_prompts
+from safeft.measure import JudgeLike, ready_judge, some_prompts
 from safeft.monitor.checks import check_engine, check_wishes, fitting
 from safeft.monitor.look import Look, Observer
-from safeft.monitor.openings import own_openings
 from safeft.monitor.record import MONITOR_NAME, Record, read_monitor, write_monitor
 from safeft.neurons import NeuronSet
 from safeft.processes import from_first, rank, together
@@ -32,18 +30,17 @@ logger = logging.getLogger(__name__)
 class SafetyMonitorCallback(TrainerCallback):
     """Watches a model's refusals during training; a drop-in for transformers and TRL trainers.
 
-    At the start, every ``every`` steps, at each checkpoint and at the end, one forward pass over
-    the safety prompts says how the model would start its answers: ``safeft/refusal_margin``,
-    ``safeft/refusal_share`` and, with ``neurons``, ``safeft/neuron_drift`` (see
-    :class:`~safeft.monitor.look.Look`) go to the trackers beside the loss (these steps are logged
-    whatever ``logging_steps`` is), to ``history`` and, at the end, to ``safeft_monitor.json`` in
-    the output folder. Weights, gradients, optimizer, random numbers and modes stay as they were:
-    the training is bit for bit the one without a monitor.
+    At the start, every ``every`` steps, at each checkpoint and at the end it looks at how the model
+    starts its answers to the safety prompts (16 greedy tokens and a forward pass):
+    ``safeft/refusal_share``, ``safeft/refusal_margin`` and, with ``neurons``,
+    ``safeft/neuron_drift``, as :class:`~safeft.monitor.look.Look` says, go to the trackers beside
+    the loss (these steps are logged whatever ``logging_steps`` is), to ``history`` and, at the
+    end, to ``safeft_monitor.json`` in the output folder. Weights, gradients, optimizer, random
+    numbers and modes stay as they were: the training is bit for bit the one without a monitor.
 
-    A margin says how an answer starts, not whether all of it is harmless: an alarm during
-    training, no substitute for ``safeft evaluate`` after it. Refusals worded in another way than
-    at the start count as lost. The prompts must not be trained on; with fewer than 50 of them a
-    single one moves the share by more than 0.02.
+    A start says whether an answer refuses, not whether all of it is harmless: an alarm during
+    training, no substitute for ``safeft evaluate`` after it. The prompts must not be trained on;
+    with fewer than 50 of them a single one moves the share by more than 0.02.
 
     Works in one process, under DDP, FSDP2 and DeepSpeed ZeRO 1 to 3 (rolling back: not ZeRO). Put
     it before ``SafetyFreezeCallback``, so that the certificate speaks of weights rolled back.
@@ -56,8 +53,7 @@ class SafetyMonitorCallback(TrainerCallback):
         stop_below: End the training where less than this share of the start's refusals is left.
         roll_back: Then give the model the weights of the last look that was above; they are kept
             in the host's memory, as many bytes as what is trained.
-        openings: How refusals start, as text; by default read off the model's own at the start,
-            as far as the English prefix judge knows them.
+        judge: Whether an answer refuses, by its start; see :func:`safeft.judge.as_judge`.
         tokenizer: By default the trainer's.
         batch_size: Prompts per forward pass.
         max_length: Tokens per prompt; longer ones lose their beginning.
@@ -80,7 +76,7 @@ class SafetyMonitorCallback(TrainerCallback):
         every: int = 50,
         stop_below: float | None = None,
         roll_back: bool = False,
-        openings: Sequence[str] | None = None,
+        judge: JudgeLike = "prefix",
         tokenizer: "Reader | None" = None,
         batch_size: int = 16,
         max_length: int = 1024,
@@ -88,7 +84,8 @@ class SafetyMonitorCallback(TrainerCallback):
     ) -> None:
         check_wishes(every, stop_below, roll_back)
         self._prompts = some_prompts(prompts, "safety")
-        self._given, self._texts, self._own = neurons, openings, tokenizer
+        self._judge = ready_judge(judge)
+        self._given, self._own = neurons, tokenizer
         self.every, self.stop_below, self.roll_back = every, stop_below, roll_back
         self._batching: dict[str, Any] = {
             "batch_size": batch_size,
@@ -158,11 +155,10 @@ class SafetyMonitorCallback(TrainerCallback):
         self._state, self._begun = state, time.perf_counter()
         self.record = Record(Path(str(args.output_dir)), self.stop_below)
         before = self._before(args, state) if state.global_step else None
-        openings = before["openings"] if before else self._openings(model)
-        self._observer = Observer(
-            model, self._tokenizer, self._prompts, openings, self._neurons, **self._batching
-        )
+        asked = self._prompts, self._judge, self._neurons
+        self._observer = Observer(model, self._tokenizer, *asked, **self._batching)
         if before:
+            self._observer.openings = before["openings"]
             self._observer.start = torch.tensor(before["start_activations"], dtype=torch.float64)
             self.record.looks = [
                 look for look in before["history"] if look.step < state.global_step
@@ -171,13 +167,11 @@ class SafetyMonitorCallback(TrainerCallback):
             groups = innermost(optimizer).param_groups
             self._trained = [weight for group in groups for weight in group["params"]]
         self._look(state, control)
-        self.record.check_start()
+        self.record.check_resumed()
         if (share := self.history[0].refusal_share) < 0.5 and rank() == 0:
             logger.warning(
-                "By its openings (%s) the model refuses %.2f of the %d safety prompts at the "
-                "start, so what it keeps will show little. Give prompts that it refuses, or "
-                "`openings`.",
-                ", ".join(repr(text) for each in openings for text in each.texts),
+                "At the start the model refuses %.2f of the %d safety prompts, so what it keeps "
+                "will show little. Give prompts that it refuses, or another judge.",
                 share,
                 len(self._prompts),
             )
@@ -265,7 +259,8 @@ class SafetyMonitorCallback(TrainerCallback):
             **self.record.to_dict(),
             "losses": [row for row in losses if len(row) > 1],
             "every": self.every,
-            "openings": [vars(opening) for opening in self._observer.openings],
+            "openings": [vars(opening) for opening in self._observer.openings or ()],
+            "judge": self._judge.name,
             "looked_at": self._looked_at(),
             "seconds": {
                 "looking": self._observer.seconds,
@@ -279,14 +274,13 @@ class SafetyMonitorCallback(TrainerCallback):
         self.history.append(look)
         drift = {} if look.neuron_drift is None else {"safeft/neuron_drift": look.neuron_drift}
         self._scalars = {
-            "safeft/refusal_margin": look.refusal_margin,
             "safeft/refusal_share": look.refusal_share,
+            "safeft/refusal_margin": look.refusal_margin,
             **drift,
         }
         if not isfinite(look.refusal_margin) and rank() == 0:
             logger.warning(
-                "At step %d the model's answers are not numbers any more (NaN): they count as no "
-                "refusals.",
+                "At step %d the model's margins are not finite: it has diverged.",
                 look.step,
             )
         if not self.record.good(look):
@@ -312,12 +306,6 @@ class SafetyMonitorCallback(TrainerCallback):
             live(weight).open().copy_(copy)
         self.record.rolled_back_to = step
         return self._observer.look(step)
-
-    def _openings(self, model: Any) -> tuple[RefusalOpenings, ...]:
-        """What all processes read off the same answers, in the words of the first."""
-        assert self._tokenizer is not None
-        reading = self._tokenizer, self._prompts, self._texts
-        return from_first(own_openings(model, *reading, **self._batching))
 
     def _looked_at(self) -> dict[str, Any]:
         neurons = self._neurons

@@ -35,9 +35,8 @@ class Record:
     rolled_back_to: int | None = None
 
     def kept(self, look: Look) -> float:
-        """Share of the start's refusals that a look still found; 1 where there were none."""
-        start = self.looks[0].refusal_share
-        return look.refusal_share / start if start else 1.0
+        """Share of the start's refusals that a look still found."""
+        return look.refusal_share / self.looks[0].refusal_share
 
     def good(self, look: Look) -> bool:
         """Whether a look kept enough; 0.72 of 0.8 is 0.9, whatever binary fractions say."""
@@ -48,19 +47,13 @@ class Record:
         names = [f"checkpoint-{look.step}" for look in self.looks if self.good(look)]
         return next((name for name in reversed(names) if (self.folder / name).is_dir()), None)
 
-    def check_start(self) -> None:
-        """Refuse to watch what is not there, or is lost already.
+    def check_resumed(self) -> None:
+        """Refuse to go on where too little is left already.
 
         Raises:
-            ConfigError: No prompt is refused at the start, or too few are where a run resumes.
+            ConfigError: The last look was below.
         """
-        start, now = self.looks[0], self.looks[-1]
-        if self.stop_below is not None and not start.refusal_share:
-            raise ConfigError(
-                "The model refuses none of the safety prompts at the start (mean margin "
-                f"{start.refusal_margin:.1f} nats), so nothing of it can be kept or lost. Give "
-                "prompts that it refuses, or say how it words its refusals (`openings`)."
-            )
+        now = self.looks[-1]
         if not self.good(now):
             raise ConfigError(
                 f"The checkpoint of step {now.step} keeps {self.kept(now):.2f} of the refusals at "
