@@ -92,6 +92,12 @@ FLAGS = {
         "SafetyArguments",
         {"protected", "protect_mode", "hold", "freeze", "budget"},
     ),
+    "report": ("safeft.commands.report", "ReportConfig", {"run_dirs", "output"}),
+    "monitor": (
+        "safeft.commands.monitoring",
+        "MonitorArguments",
+        {"monitor", "monitor_every", "stop_below", "roll_back"},
+    ),
     "shield": (
         "safeft.commands.shield",
         "ShieldConfig",
