@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from safeft import NeuronSet, SafetyMonitorCallback
 from safeft.demo import world
 from safeft.errors import ArtefactError, ConfigError, FingerprintError, PromptError, SafeftError
-from safeft.monitor.record import MONITOR_NAME, read_monitor
+from safeft.monitor.look import Look
+from safeft.monitor.record import MONITOR_NAME, Record, read_monitor
 from tests.freezing import freeze, lora, reward_model, trainer_of
 from tests.models import tiny_model, tiny_tokenizer
 from tests.monitoring import (
@@ -278,6 +279,13 @@ def test_without_rolling_back_the_last_good_checkpoint_is_named(
     caplog.clear()
     trained(refusing(), tmp_path / "unsaved", [monitor(every=1, stop_below=0.9)], **settings)
     assert "no checkpoint kept enough: use roll_back=True" in caplog.text
+
+
+def test_a_share_of_a_share_is_what_it_is_in_decimals() -> None:
+    record = Record(Path(), 0.9, [Look(0, 0.8, 0.0)])
+    assert record.kept(Look(1, 0.72, 0.0)) < 0.9  # In binary.
+    assert record.good(Look(1, 0.72, 0.0))
+    assert not record.good(Look(1, 0.71, 0.0))
 
 
 def test_a_run_that_keeps_enough_ends_as_planned(

@@ -201,7 +201,7 @@ class Observer:
         def observe(inlet: str, seen: Seen) -> None:
             site, units = self._units[inlet]
             numbers = torch.tensor(units, device=seen.values.device)
-            values = seen.spread(chosen).unflatten(-1, (site.units, site.width))
+            values = seen.at(chosen).unflatten(-1, (site.units, site.width))
             sums[inlet] = values.index_select(-2, numbers).float().sum(0).flatten()
 
         with tap(self._model, [site.writes for site, _ in self._units.values()], observe):
