@@ -36,8 +36,9 @@ class SafetyArguments:
     hold: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Groups to hold whole as well: embeddings norms head biases. By default none "
-            "beside neurons, and beside a subspace all that it does not cover; `none` for none."
+            "help": "Groups to hold whole as well: embeddings norms head biases, or tokens (the "
+            "embeddings of those a subspace was found on). By default none beside neurons, and "
+            "beside a subspace all that it does not cover; `none` for none."
         },
     )
     engine: str | None = field(

@@ -64,8 +64,10 @@ class SafetyFreezeCallback(TrainerCallback):
         mode: ``freeze`` holds these neurons; ``train_only`` holds everything else. The latter keeps
             a copy of what it holds in the matrices it trains a part of.
         hold: Groups of parameters to hold whole as well: ``embeddings``, ``norms``, ``head``,
-            ``biases``. By default none beside neurons, and beside a subspace all of them that it
-            has no basis for: trained, they move what every layer receives out of the directions.
+            ``biases``; or ``tokens``, the embeddings of those that a subspace was found on. By
+            default none beside neurons, and beside a subspace all that it has no basis for (of
+            untied embeddings ``tokens``): trained, they move what every layer receives out of the
+            held directions.
         subspace: Input directions to hold beside a neuron set, or the folder they were saved in.
         strict: Refuse a model whose weights are not those that the set or subspace was located in.
         engine: Demand this engine (``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2``,

@@ -1,7 +1,8 @@
 """Which parameters a subspace holds directions of, and what is done with all others.
 
 What no basis covers cannot be held in part. Embeddings, norms and biases move what every layer
-receives out of the held directions, so by default whatever a subspace does not cover stays whole.
+receives out of the held directions, so by default whatever a subspace does not cover stays whole;
+of embeddings only those of the tokens it was found on, where the head does not read them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -118,7 +118,8 @@ def make_plan(
         neurons: The set; it must fit the model (see ``NeuronSet.check_model``).
         mode: ``freeze`` or ``train_only``.
         hold: Groups of parameters to hold whole as well; only with ``freeze``. None holds no group
-            beside neurons, and beside a subspace all that it does not cover.
+            beside neurons, and beside a subspace all that it does not cover; of embeddings that
+            the head does not read, ``tokens``.
         subspace: Input directions to hold; only with ``freeze``.
 
     Raises:
@@ -148,7 +149,7 @@ def make_plan(
                 if id(held.parameter) not in held_whole
             ]
             rest = uncovered(plain, directions, whole)
-            if "tokens" in (hold or ()):
+            if "tokens" in hold if hold is not None else _has_tokens_apart(plain, subspace):
                 rest.pop(_hold_tokens(plain, subspace, draft), None)
             left = set() if hold is None else set(group_parameters(plain, get_args(Group)))
             loose = tuple(name for name in rest if name in left)
@@ -191,6 +192,14 @@ def _check_wanted(
     if mode == "train_only" and (hold or subspace is not None):
         given = f"hold={list(hold or ())}" if subspace is None else "A subspace"
         raise ConfigError(f"{given} goes with mode='freeze'; train_only holds all but the neurons.")
+
+
+def _has_tokens_apart(plain: Any, subspace: SafetySubspace) -> bool:
+    """Whether the embeddings of other tokens can learn without moving safety prompts."""
+    weight = dense(plain.get_input_embeddings()).weight
+    head = plain.get_output_embeddings()
+    tied = head is not None and dense(head).weight is weight
+    return bool(len(subspace.tokens)) and not tied
 
 
 def _hold_tokens(plain: Any, subspace: SafetySubspace, draft: _Draft) -> str:
