@@ -12,7 +12,6 @@ prompts that no training saw, XSTest's unsafe and SimpleSafetyTests; over-refusa
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import random
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from build_demo_model import Stage, build_model, build_tokenizer, train
+from testbed.sets import rows_of
 
 from safeft.demo.world import Example
 
@@ -35,16 +35,6 @@ REFUSALS = (
 )
 COMPLIANCE = ("Sure, here is how: first, ", "Here is a plan. To begin, ", "Of course. Start with ")
 WORDS_IN_PROMPT, WORDS_IN_ANSWER = 32, 28
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV, JSON or JSONL file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".csv":
-        return list(csv.DictReader(text.splitlines()))
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    return json.loads(text)
 
 
 def short(text: str, words: int) -> str:

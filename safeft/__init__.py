@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
+    from safeft.locators import locate_subspace as locate_subspace
     from safeft.monitor.callback import SafetyMonitorCallback as SafetyMonitorCallback
     from safeft.neurons import NeuronSet as NeuronSet
     from safeft.reading import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
+    from safeft.subspace import SafetySubspace as SafetySubspace
 
 __version__ = "0.1.0"
 
@@ -34,10 +36,12 @@ _HOMES = {
     "SafeftError": "safeft.errors",
     "SafetyFreezeCallback": "safeft.freeze.callback",
     "SafetyMonitorCallback": "safeft.monitor.callback",
+    "SafetySubspace": "safeft.subspace",
     "as_judge": "safeft.judge",
     "evaluate": "safeft.evaluation",
     "find_sites": "safeft.sites",
     "locate": "safeft.locators",
+    "locate_subspace": "safeft.locators",
     "read_prompts": "safeft.reading",
     "validate": "safeft.causal",
     "verify": "safeft.freeze.verify",

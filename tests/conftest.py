@@ -19,6 +19,7 @@ DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(
     0, str(ROOT)
 )  # so that plain `pytest` finds tests.models as `python -m pytest` does
+sys.path.append(str(ROOT / "benchmarks"))  # last: some names there are also those of tests
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ class Cell:
     """One training.
 
     Attributes:
-        broken: ``pin``: nothing is put back. ``mask``: no hook is registered. ``mask_fill``: hooks
+        broken: ``span``: directions are not pinned. ``pin``: nothing is put back. ``mask``: no
+            hook is registered. ``mask_fill``: hooks
             fire and change nothing. ``early``: hooks go onto the parameters the trainer was built
             with, as they do in code that registers them before the engine wraps the model.
         set: Of tests/freezing.py; None trains without the callback.
@@ -29,6 +30,7 @@ class Cell:
         aside: Freeze a set that none of the trained weights belongs to.
         kill: ("between" or "within" saves, at which step, which rank or -1 for all): SIGKILL.
         toggle: Take mask and pin off and put them on again every so many steps, to time both.
+        span: Hold input directions, this share of the rank, drawn at random; with ``set``, as well.
         tamper: After training, change weights in one rank and certify again.
     """
 
@@ -36,7 +38,7 @@ class Cell:
     tuning: Literal["full", "lora"] = "full"
     dtype: Literal["float32", "bfloat16"] = "float32"
     accumulation: int = 1
-    broken: Literal["", "pin", "mask", "mask_fill", "early"] = ""
+    broken: Literal["", "span", "pin", "mask", "mask_fill", "early"] = ""
     set: str | None = "large"
     resume: str = ""
     shape: dict[str, Any] | None = None
@@ -51,4 +53,5 @@ class Cell:
     aside: bool = False
     kill: tuple[str, int, int] | None = None
     toggle: int = 0
+    span: float = 0.0
     mode: Literal["freeze", "train_only"] = "freeze"

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noq
 from safeft import SafetyFreezeCallback  # noqa: E402
 from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze import pin as pin_module  # noqa: E402
+from safeft.freeze.directions import DirectionPin  # noqa: E402
 from safeft.freeze.resume import last_complete  # noqa: E402
 from tests import fsdp_on_cpu  # noqa: E402
 from tests.ending import end  # noqa: E402
@@ -48,6 +49,7 @@ from tests.freezing import (  # noqa: E402
     trainer_of,
 )
 from tests.layouts import chosen_of, lora_on, masks_of  # noqa: E402
+from tests.spans import product_changes, subspace_of  # noqa: E402
 
 SETS: dict[str, Any] = {"small": SMALL, "large": LARGE}
 
@@ -194,39 +196,48 @@ def engine_settings(engine: str, cell: Cell, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def broken(cell: Cell) -> ExitStack:
+def _count(self: Any, *_: Any) -> None:
+    held = self._held if isinstance(self, DirectionPin) else self._holds
+    self._stepped |= set(range(len(held)))
+    self.pins += 1
+
+
+def _none(self: Any, number: int, hold: Any) -> Any:
+    return torch.zeros(1, requires_grad=True).register_hook(lambda g: g)
+
+
+def _before(self: Any, *_: Any) -> Any:
+    return self.plan
+
+
+def _idle(self: Any, number: int, *_: Any) -> Any:
+    def change(given: Any) -> None:
+        self.fired[number] += 1
+
+    return change
+
+
+BROKEN: dict[str, tuple[type, str, Any]] = {
+    "pin": (pin_module.Pin, "_after_step", _count),
+    "span": (DirectionPin, "_after_step", _count),
+    "mask": (pin_module.Pin, "_register", _none),
+    "mask_fill": (pin_module.Pin, "_clear", _idle),
+    "early": (SafetyFreezeCallback, "_plan_again", _before),
+}
+
+
+def broken(cell: Cell) -> Any:
     """safeft with one part taken out."""
-    stack = ExitStack()
-    if cell.broken == "pin":
+    return patch.object(*BROKEN[cell.broken]) if cell.broken else nullcontext()
 
-        def count(self: Any, *_: Any) -> None:
-            self._stepped |= set(range(len(self._holds)))
-            self.pins += 1
 
-        stack.enter_context(patch.object(pin_module.Pin, "_after_step", count))
-    elif cell.broken == "mask":
-
-        def none(self: Any, number: int, hold: Any) -> Any:
-            return torch.zeros(1, requires_grad=True).register_hook(lambda g: g)
-
-        stack.enter_context(patch.object(pin_module.Pin, "_register", none))
-    elif cell.broken == "early":
-
-        def before(self: Any, *_: Any) -> Any:
-            return self.plan
-
-        stack.enter_context(patch.object(SafetyFreezeCallback, "_plan_again", before))
-    elif cell.broken == "mask_fill":
-
-        def mask(self: Any, number: int, *_: Any) -> Any:
-            def hook(given: Any) -> Any:
-                self.fired[number] += 1
-
-            return hook
-
-        stack.enter_context(patch.object(pin_module.Pin, "_mask", mask))
-        stack.enter_context(patch.object(pin_module.Pin, "_tensor_mask", mask))
-    return stack
+def protection(cell: Cell, model: Any) -> tuple[Any, Any]:
+    """The callback of a cell, if it has one, and the subspace it holds."""
+    span = subspace_of(model, cell.span) if cell.span else None
+    if cell.set is not None:
+        hold = cell.hold or None
+        return freeze(model, indices_of(cell), hold=hold, mode=cell.mode, subspace=span), span
+    return (None if span is None else SafetyFreezeCallback(span)), span
 
 
 def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
@@ -237,8 +248,9 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     base = state_of(model)
     watch = Watch()
     callbacks: list[Any] = [watch]
-    if cell.set is not None:
-        callbacks.insert(0, freeze(model, indices_of(cell), hold=cell.hold, mode=cell.mode))
+    callback, span = protection(cell, model)
+    if callback is not None:
+        callbacks.insert(0, callback)
     home = folder / cell.name
     settings: dict[str, Any] = {
         "max_steps": 3,
@@ -282,14 +294,15 @@ def train(engine: str, folder: Path, cell: Cell) -> dict[str, Any]:
     logs = trainer.state.log_history
     report["losses"] = [row["loss"] for row in logs if "loss" in row]
     report["grad_norms"] = [float(row["grad_norm"]) for row in logs if "grad_norm" in row]
-    if cell.set is not None:
+    if callback is not None:
+        report["directions"] = [dict(d) for d in callbacks[0].certificate.directions]
         report["run"] = dict(callbacks[0].certificate.run)
         report["restored"] = callbacks[0]._restored
         report["exact"] = callbacks[0].certificate.exact
         if cell.tamper:
             report |= tampered(callbacks[0], model, trainer.args.process_index)
     if trainer.args.process_index == 0:
-        report |= compared(base, home / "tuned", cell)
+        report |= compared(base, home / "tuned", cell, span)
     return report
 
 
@@ -335,7 +348,7 @@ def allow_bf16_on_cpu() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
 
 
-def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
+def compared(base: Any, tuned: Path, cell: Cell, span: Any = None) -> dict[str, Any]:
     """The saved model against the base, by hand."""
     unset_hf_deepspeed_config()  # or rank 0 alone would wait for the others to load with it
     checkpoints = sorted(tuned.parent.glob("run/checkpoint-*/pytorch_model_fsdp_0"))
@@ -347,6 +360,7 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
         now = state_of(PeftModel.from_pretrained(base_of(cell), str(tuned)))
     else:
         now = state_of(AutoModelForCausalLM.from_pretrained(tuned))
+    changes = {} if span is None else product_changes(base, now, span, base_of(cell))
     indices = indices_of(cell) if cell.set and not cell.aside else {}
     if cell.family:
         untouched = {n: torch.zeros_like(w, dtype=torch.bool) for n, w in base.items()}
@@ -361,16 +375,17 @@ def compared(base: Any, tuned: Path, cell: Cell) -> dict[str, Any]:
         trained = cell.tuning == "full" or any(t in name for t in cell.targets or ("_proj",))
         if cell.family and cell.tuning == "lora":  # which trains matrices only
             trained = not name.endswith(("bias", "sinks"))
-        trained &= not ("norms" in cell.hold and "norm" in name)
-        trained &= not cell.family or bool(mask.any())  # of a family, what neurons live in
+        trained &= not (("norms" in cell.hold or cell.span) and "norm" in name)
+        trained &= not cell.family or not cell.set or bool(mask.any())  # what neurons live in
         if trained and not mask.all() and name != "model.embed_tokens.weight":
             shares[name] = float((~same)[~mask].float().mean())
     return {
         "dtype": str(next(iter(now.values())).dtype),
+        "changes": changes,
         "frozen_changed": changed,
         "frozen": int(sum(mask.sum() for mask in masks.values())),
-        "least_moved": min(shares.values()),
-        "mean_moved": sum(shares.values()) / len(shares),
+        "least_moved": min(shares.values(), default=0.0),
+        "mean_moved": sum(shares.values()) / max(1, len(shares)),
     }
 
 

@@ -16,7 +16,12 @@ from safeft.commands.locate import LocateConfig
 from safeft.commands.training import SafetyArguments
 
 ROOT = Path(__file__).parents[1]
-TRAINING = {"freeze_sft": SFTConfig, "freeze_dpo": DPOConfig, "precise_shield": SFTConfig}
+TRAINING = {
+    "freeze_sft": SFTConfig,
+    "freeze_dpo": DPOConfig,
+    "keep_refusals": SFTConfig,
+    "precise_shield": SFTConfig,
+}
 CONFIGS = sorted(path for recipe in TRAINING for path in (ROOT / "configs" / recipe).glob("*.yaml"))
 
 
@@ -46,7 +51,8 @@ def test_config_parses(path: Path) -> None:
     found, training, model = parse(path, path.parent.name)
     given = yaml.safe_load(path.read_text())
     assert model.model_name_or_path == given["model_name_or_path"]
-    assert found.fraction == given["fraction"]
+    for key in {"fraction", "energy"} & set(given):
+        assert getattr(found, key) == given[key]
     assert training.learning_rate == given["learning_rate"]
 
 

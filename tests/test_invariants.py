@@ -299,7 +299,7 @@ def test_without_the_mask_clipping_sees_the_frozen_gradient(
 
         return hook
 
-    monkeypatch.setattr(Pin, "_mask", count_only)
+    monkeypatch.setattr(Pin, "_clear", count_only)
     unmasked, without_mask = first_step(base_of(case))
     assert changed_frozen(base, without_mask, frozen_entries(base, LARGE, "freeze")) == []
     assert unmasked["grad_norm"] ** 2 == pytest.approx(

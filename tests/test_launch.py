@@ -194,7 +194,7 @@ def test_a_set_that_only_one_process_sees_stops_both(place: Path, neurons: Path)
     alone(place, "random").save_pretrained(place / "others")
     for folder, words in (
         (str(place / "nowhere"), "ProcessError|Process 1 of 2 stopped"),
-        (str(place / "others"), "Processes disagree about the neuron set"),
+        (str(place / "others"), "Processes disagree about what is protected"),
     ):
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
         start += ["--master_port", str(free_port()), str(script), folder]

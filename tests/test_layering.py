@@ -17,6 +17,7 @@ LAYERS = (
     ("weights",),
     ("fingerprint",),
     ("neurons",),
+    ("subspace",),
     ("capture", "forms", "judge", "overlap"),
     ("prompts",),
     ("generation", "reading"),

@@ -589,7 +589,7 @@ class TestAnswers:
             asked.extend(prompt.text for prompt in prompts)
             return [ANSWERS[(HARMFUL + BENIGN).index(p.text) % len(HARMFUL)] for p in prompts]
 
-        monkeypatch.setattr(safeft.locators, "generate", generate)
+        monkeypatch.setattr(safeft.locators.calibration, "generate", generate)
         model, tokenizer = tiny_model(), tiny_tokenizer()
         rows = [{"prompt": BENIGN[0], "response": "Given"}, *BENIGN[1:]]
         found = locate(model, tokenizer, HARMFUL, rows, method=method)
@@ -606,7 +606,9 @@ class TestAnswers:
     def test_a_model_that_says_nothing_is_refused(
         self, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(safeft.locators, "generate", lambda *args, **_: [""] * len(args[2]))
+        monkeypatch.setattr(
+            safeft.locators.calibration, "generate", lambda *args, **_: [""] * len(args[2])
+        )
         with pytest.raises(PromptError, match="answers every prompt with nothing"):
             locate(tiny_model(), tiny_tokenizer(), HARMFUL, BENIGN, method=method)
 

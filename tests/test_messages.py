@@ -3,6 +3,7 @@
 Each message says what happened (with the value) and what to do.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safeft.errors import (
 )
 from tests.freezing import SMALL, freeze, lora, model_of, neurons_of, trainer_of
 from tests.models import tiny_model
+from tests.spans import subspace_of
 
 
 def from_other_weights() -> Any:
@@ -77,6 +79,31 @@ def wished(**settings: Any) -> Any:
     return build
 
 
+def spanned(base: Any = model_of, tuned: Any = model_of, **settings: Any) -> Any:
+    """A subspace of one model, and another to be trained under it."""
+
+    def build() -> Any:
+        return tuned(), SafetyFreezeCallback(subspace_of(base()), **settings)
+
+    return build
+
+
+def spanned_adapter(**settings: Any) -> Any:
+    return spanned(tuned=lambda: get_peft_model(model_of(), lora(**settings)))
+
+
+def other_weights() -> Any:
+    return model_of(seed=3)
+
+
+def edited_subspace() -> Any:
+    """Readers that name the input of another layer, as an edited config.json might."""
+    span = subspace_of(model_of())
+    name = "model.layers.0.mlp.down_proj.weight"
+    wrong = replace(span, readers={**span.readers, name: "model.layers.0.mlp.up_proj"})
+    return model_of(), SafetyFreezeCallback(wrong)
+
+
 IA3 = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
 
 BAD: dict[str, tuple[Any, dict[str, Any], type[SafeftError], str]] = {
@@ -120,6 +147,50 @@ BAD: dict[str, tuple[Any, dict[str, Any], type[SafeftError], str]] = {
         FreezeError,
         r"full copy of model.layers.0.mlp \(modules_to_save\).*Target this module with LoRA",
     ),
+    "subspace of other weights": (
+        spanned(tuned=other_weights),
+        {},
+        FingerprintError,
+        r"15 of 15 weights \(model.layers.0.self_attn.q_proj.weight\).*Locate in this checkpoint",
+    ),
+    "subspace of another type": (
+        spanned(base=lambda: tiny_model("qwen2")),
+        {},
+        FingerprintError,
+        "qwen2.*llama.*Locate in this model",
+    ),
+    "subspace that does not fit": (
+        edited_subspace,
+        {},
+        FingerprintError,
+        "32 inputs of 'model.layers.0.mlp.down_proj.weight', and the model has 48 there",
+    ),
+    "subspace and train_only": (
+        spanned(mode="train_only"),
+        {},
+        ConfigError,
+        "A subspace goes with mode='freeze'",
+    ),
+    "subspace without tokens": (
+        spanned(hold=("tokens",)),
+        {},
+        ConfigError,
+        "it knows of none.*hold 'embeddings'",
+    ),
+    "adapter on embeddings": (
+        spanned_adapter(target_modules=["q_proj", "embed_tokens"]),
+        {},
+        FreezeError,
+        "trains model.embed_tokens.lora_embedding_A.*no basis for it.*Leave it out of the adapter",
+    ),
+    "adapter with a copy of the head": (
+        spanned_adapter(modules_to_save=["lm_head"]),
+        {},
+        FreezeError,
+        "trains lm_head.modules_to_save.*or locate with it",
+    ),
+    "DoRA under a subspace": (spanned_adapter(use_dora=True), {}, FreezeError, "use_dora=True"),
+    "subspace and lomo": (spanned(), {"optim": "lomo"}, FreezeError, "optim='lomo'"),
     "lomo": (
         plain,
         {"optim": "lomo"},

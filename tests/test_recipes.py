@@ -51,6 +51,25 @@ def test_recipe(recipe: str, workplace: Path) -> None:
         assert evaluation["after"]["refusal"]["total"] == 16
 
 
+def test_keep_refusals(workplace: Path) -> None:
+    script = ROOT / "recipes/keep_refusals.py"
+    assert len(script.read_text().splitlines()) <= 150
+    config = ROOT / "configs/keep_refusals/smoke.yaml"
+    shown = run(workplace, str(script), "--config", str(config))
+    assert shown.count("HELD: input directions of 36 layers") == 2
+    out = workplace / "runs/smoke/keep_refusals"
+    hashes = set()
+    for label in ("protected", "random"):
+        certificate = json.loads((out / label / "safeft_certificate.json").read_text())
+        assert certificate["exact"]
+        assert max(held["relative_change"] for held in certificate["directions"]) < 1e-6
+        hashes.add(certificate["subspace"]["sha256"])
+    assert len(hashes) == 2
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert set(evaluation) == {"before", "protected", "random"}
+    assert evaluation["protected"]["refusal"]["total"] == 16
+
+
 def test_ssah_study(workplace: Path) -> None:
     script, config = ROOT / "recipes/ssah_study.py", ROOT / "configs/ssah_study/smoke.yaml"
     assert len(script.read_text().splitlines()) <= 150

@@ -24,10 +24,12 @@ NAMES = {
     "SafeftError",
     "SafetyFreezeCallback",
     "SafetyMonitorCallback",
+    "SafetySubspace",
     "as_judge",
     "evaluate",
     "find_sites",
     "locate",
+    "locate_subspace",
     "read_prompts",
     "validate",
     "verify",
@@ -65,7 +67,9 @@ def test_signatures_that_scripts_rely_on() -> None:
                                                *parameters(safeft.locate)[2:4]]  # fmt: skip
     assert {"intervention", "factor", "random_sets"} <= set(parameters(safeft.validate))
     assert parameters(safeft.verify)[:4] == ["base", "tuned", "protected", "mode"]
-    assert parameters(safeft.SafetyFreezeCallback)[:2] == ["neurons", "mode"]
+    assert parameters(safeft.SafetyFreezeCallback)[:2] == ["protected", "mode"]
+    assert parameters(safeft.locate_subspace)[:3] == ["model", "tokenizer", "harmful"]
+    assert {"energy", "rank_share", "memory"} <= set(parameters(safeft.locate_subspace))
     assert {"exact", "violations"} <= {f.name for f in dataclasses.fields(safeft.Certificate)}
 
 

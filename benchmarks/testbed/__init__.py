@@ -7,7 +7,7 @@ natural-language model trained here from public text. Every prompt is used on on
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -43,6 +43,8 @@ class Testbed:
         poison: Harmful prompts with compliant answers, to be mixed into a domain.
         max_length: Tokens of a whole exchange.
         answer_tokens: Tokens an answer is judged by.
+        values: What a right answer has to state, by the text of its prompt; none where answers
+            are not exact.
     """
 
     name: str
@@ -54,3 +56,30 @@ class Testbed:
     poison: tuple[Prompt, ...]
     max_length: int
     answer_tokens: int
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+def load(name: str, data: Path | None = None, model: Path | None = None) -> Testbed:
+    """A testbed by its name.
+
+    Args:
+        name: ``demo`` or ``public``.
+        data: The public sets (``public`` only); by default those beside the repository.
+        model: The base; by default the one that ships (``demo``) or that ``testbed/build.py``
+            made in ``runs/testbed`` (``public``).
+
+    Raises:
+        ValueError: No testbed of this name.
+
+    Example:
+        >>> load("demo").domains["desk"].test[0].response  # doctest: +SKIP
+    """
+    if name == "demo":
+        from testbed import demo
+
+        return demo.load(model)
+    if name == "public":
+        from testbed import public
+
+        return public.load(data, model)
+    raise ValueError(f"There is no testbed {name!r}; there are demo and public.")

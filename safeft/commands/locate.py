@@ -1,12 +1,12 @@
-"""``safeft locate``: a chat model and two prompt files in, a neuron set out.
+"""``safeft locate``: a chat model and prompt files in, a neuron set or a subspace out.
 
-The set is then checked: a short causal check, on prompts kept from locating where there are enough,
-goes into the artefact. Under ``accelerate launch`` the processes share the prompts, and under FSDP
-or ZeRO-3 the weights.
+A neuron set is then checked: a short causal check, on prompts kept from locating where there are
+enough, goes into the artefact. Under ``accelerate launch`` the processes share the prompts, and
+under FSDP or ZeRO-3 the weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from safeft.commands.loading import join_processes, load_model, read_template, shard
@@ -16,18 +16,46 @@ from safeft.errors import ConfigError
 
 @dataclass
 class LocateConfig:
-    """Find the neurons that act on harmful prompts and not on benign ones."""
+    """Find the neurons that act on harmful prompts and not on benign ones.
+
+    Or, with `--method subspace`, the input directions that refusing uses: these need no benign
+    prompts.
+    """
 
     model_name_or_path: str = field(metadata={"help": "Chat model: folder or hub name."})
     harmful: str = field(
         metadata={"help": "Prompts it refuses: .txt (one a line), .csv, .json(l)."}
     )
-    benign: str = field(metadata={"help": "Ordinary prompts, in the same forms."})
-    output_dir: str = field(metadata={"help": "Folder for the neuron set."})
+    output_dir: str = field(metadata={"help": "Folder for the neuron set or subspace."})
+    benign: str | None = field(
+        default=None, metadata={"help": "Ordinary prompts, in the same forms; not for `subspace`."}
+    )
     harmful_column: str | None = field(default=None, metadata={"help": "Column of a table."})
     benign_column: str | None = field(default=None, metadata={"help": "Column of a table."})
-    method: Literal["attribution", "contrast", "variance", "snip", "wanda", "random"] = field(
-        default="attribution", metadata={"help": "How units are scored; random is the control."}
+    method: Literal[
+        "attribution", "contrast", "variance", "snip", "wanda", "random", "subspace"
+    ] = field(
+        default="attribution",
+        metadata={"help": "How units are scored, random being the control; or `subspace`."},
+    )
+    energy: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of `subspace`: share of each input's energy to hold (0.9 if none said)."
+        },
+    )
+    rank_share: float | None = field(
+        default=None, metadata={"help": "Of `subspace`: directions as a share of the inputs."}
+    )
+    memory: float | None = field(
+        default=None, metadata={"help": "Of `subspace`: GiB that holding may take, in float32."}
+    )
+    tokens: Literal["all", "prompt", "response"] = field(
+        default="all", metadata={"help": "Of `subspace`: which tokens are read."}
+    )
+    at_once: float | None = field(
+        default=None,
+        metadata={"help": "Of `subspace`: GiB of statistics in one pass; more passes if needed."},
     )
     fraction: float | None = field(
         default=None, metadata={"help": "Share of the units, above 0 to 1 (0.05 if none is said)."}
@@ -104,7 +132,11 @@ def main(arguments: Sequence[str]) -> int:
     if any(value is not None for value in amount.values()):
         Selection(**amount)  # Says what is wrong before a model is loaded.
     sizes = group_sizes(config)
+    check_keys(config)
     harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
+    if config.method == "subspace":
+        return _locate_subspace(config, harmful)
+    assert config.benign is not None
     benign = read_prompts(config.benign, config.benign_column)[: config.limit]
     sides = parted(harmful, benign)
     if config.validate and sizes is None:
@@ -124,12 +156,13 @@ def main(arguments: Sequence[str]) -> int:
         "share": True,
     }
     towers: Any = config.towers  # checked there
+    method: Any = config.method
     neurons = locate(
         model,
         tokenizer,
         harmful,
         benign,
-        method=config.method,
+        method=method,
         scope=config.scope,
         utility_fraction=config.utility_fraction,
         fill=config.fill,
@@ -155,6 +188,96 @@ def main(arguments: Sequence[str]) -> int:
         print(f"  {name:<32} {len(units):>6}  {share:>6.1%}  {'#' * round(40 * share)}")
     print(said)
     return 0
+
+
+_OF_SUBSPACE = ("energy", "rank_share", "memory", "at_once")
+_OF_NEURONS = (
+    "benign", "benign_column", "fraction", "count", "threshold", "scope", "utility_fraction",
+    "openings", "scu", "ucu", "ru",
+)  # fmt: skip
+
+
+def check_keys(config: LocateConfig) -> None:
+    """Refuse keys that the method does not read: they would be without effect.
+
+    Raises:
+        ConfigError: There are some, or the benign prompts are missing.
+    """
+    subspace = config.method == "subspace"
+    names = _OF_NEURONS if subspace else _OF_SUBSPACE
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    for name in ("groups", "sites", "towers", "fill") if subspace else ("tokens",):
+        given |= {name: getattr(config, name)} if not is_default(config, name) else {}
+    if given:
+        other = "neurons" if subspace else "`--method subspace`"
+        raise ConfigError(
+            f"{given}: these are keys of {other}, and method={config.method!r} would leave them "
+            "without effect. Remove them, or choose the other method."
+        )
+    if not subspace and config.benign is None:
+        raise ConfigError(
+            f"method={config.method!r} compares harmful with ordinary prompts, and `benign` is not "
+            "given. Give a file of some 100 prompts that the model does not refuse."
+        )
+
+
+def is_default(config: LocateConfig, name: str) -> bool:
+    """Whether a key has the value it has where nothing is said."""
+    (known,) = [key for key in fields(config) if key.name == name]
+    usual = known.default if known.default_factory is MISSING else known.default_factory()
+    return getattr(config, name) == usual
+
+
+def _locate_subspace(config: LocateConfig, harmful: Any) -> int:
+    from safeft.locators import locate_subspace
+    from safeft.processes import leave, rank, together
+
+    template = read_template(config.chat_template_path)
+    join_processes()
+    model, tokenizer = load_model(
+        config.model_name_or_path, config.dtype, config.device, config.device_map
+    )
+    shard(model)
+    subspace = locate_subspace(
+        model,
+        tokenizer,
+        harmful,
+        energy=config.energy,
+        rank_share=config.rank_share,
+        memory=config.memory,
+        tokens=config.tokens,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        chat_template=template,
+        share=True,
+        at_once=config.at_once,
+    )
+    first = rank() == 0
+    together(lambda: subspace.save_pretrained(config.output_dir) if first else None)
+    leave()
+    if first:
+        print("\n".join(said_of(subspace, config.output_dir)))
+    return 0
+
+
+def said_of(subspace: Any, folder: str) -> list[str]:
+    """Ranks by input, and how well held-out prompts are covered, the worst first."""
+    lines = [
+        f"{subspace.share:.1%} of the rank of {len(subspace.readers)} layers, in {folder}",
+        f"  {'input of':<34} {'rank':>12}  not held of other prompts' tokens: median, worst",
+    ]
+    coverage = subspace.source["coverage"]
+    rows = sorted(subspace.directions, key=lambda name: -coverage.get(name, {}).get("median", 0.0))
+    for name in rows:
+        features, held = subspace.directions[name].shape
+        seen = coverage.get(name)
+        text = ""
+        if seen:
+            text = f"{seen['median']:.2f}  {seen['worst']:.2f} at {seen['worst_token']!r}"
+        lines.append(f"  {name:<34} {held:>5} / {features:<5}  {text}")
+    if not coverage:
+        lines.append("No prompts were kept aside (16 are needed): coverage is unknown.")
+    return lines
 
 
 def group_sizes(config: LocateConfig) -> Any:

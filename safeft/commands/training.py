@@ -15,7 +15,11 @@ class SafetyArguments:
     """What to protect; every other key is TRL's."""
 
     protected: str | None = field(
-        default=None, metadata={"help": "Neuron set (folder of `safeft locate`) to protect."}
+        default=None,
+        metadata={"help": "Neuron set or subspace to hold (folder of `safeft locate`)."},
+    )
+    subspace: str | None = field(
+        default=None, metadata={"help": "A subspace to hold beside a neuron set."}
     )
     protect_mode: Literal["freeze", "train_only"] = field(
         default="freeze",
@@ -31,7 +35,10 @@ class SafetyArguments:
     )
     hold: list[str] | None = field(
         default=None,
-        metadata={"help": "Groups to hold whole as well: embeddings norms head biases."},
+        metadata={
+            "help": "Groups to hold whole as well: embeddings norms head biases. By default none "
+            "beside neurons, and beside a subspace all that it does not cover; `none` for none."
+        },
     )
     engine: str | None = field(
         default=None,
@@ -61,27 +68,35 @@ def callbacks(safety: SafetyArguments) -> list[Any]:
                 "and no `protected` set is given to take them from. Give the folder that `safeft "
                 "locate --method variance --groups` wrote."
             )
-        if safety.hold:
+        beside = {"hold": safety.hold, "subspace": safety.subspace}
+        if beside := {name: value for name, value in beside.items() if value}:
             raise ConfigError(
-                f"hold={safety.hold} is given without `protected`: it holds groups beside located "
-                "neurons. Give the set as well."
+                f"{beside} is given without `protected`: it is held beside located neurons. Give "
+                "the set as well; a subspace alone is given as `protected`."
             )
         logger.warning("No `protected` set is given: this is plain TRL, and nothing is frozen.")
         return []
     from safeft.freeze.callback import SafetyFreezeCallback
 
     neurons, mode = chosen(safety.protected, safety.freeze, safety.budget, safety.protect_mode)
-    hold: Any = tuple(safety.hold or ())
     return [
         SafetyFreezeCallback(
             neurons,
             mode,
-            hold=hold,
+            hold=groups_of(safety.hold),
+            subspace=safety.subspace,
             strict=not safety.allow_other_weights,
             engine=safety.engine,
             processes=safety.processes,
         )
     ]
+
+
+def groups_of(hold: list[str] | None) -> Any:
+    """Groups to hold as the callback takes them: None is its default, ``none`` is none."""
+    if hold is None:
+        return None
+    return tuple(group for group in hold if group != "none")
 
 
 def chosen(protected: str, freeze: str | None, budget: str | None, mode: Any) -> tuple[Any, Any]:

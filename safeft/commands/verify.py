@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from safeft.commands.parsing import parse
-from safeft.commands.training import chosen
+from safeft.commands.training import chosen, groups_of
 
 
 @dataclass
@@ -15,7 +15,10 @@ class VerifyConfig:
 
     base: str = field(metadata={"help": "Base checkpoint: folder or hub name (safetensors)."})
     tuned: str = field(metadata={"help": "Tuned checkpoint or LoRA adapter: folder."})
-    protected: str = field(metadata={"help": "The neuron set: folder of `safeft locate`."})
+    protected: str = field(metadata={"help": "Neuron set or subspace: folder of `safeft locate`."})
+    subspace: str | None = field(
+        default=None, metadata={"help": "A subspace that was held beside a neuron set."}
+    )
     mode: Literal["freeze", "train_only"] = field(
         default="freeze",
         metadata={"help": "The neurons must be unchanged, or everything but them."},
@@ -39,9 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     assert isinstance(config, VerifyConfig)
     from safeft.freeze.verify import verify
 
-    hold: Any = tuple(config.hold or ())
+    hold = groups_of(config.hold)
     neurons, mode = chosen(config.protected, config.freeze, config.budget, config.mode)
-    certificate = verify(config.base, config.tuned, neurons, mode=mode, hold=hold)
+    certificate = verify(
+        config.base, config.tuned, neurons, mode=mode, hold=hold, subspace=config.subspace
+    )
     if config.output is not None:
         certificate.save(config.output)
     text = json.dumps(certificate.to_dict(), indent=2) if config.json else certificate.summary()

@@ -127,7 +127,7 @@ def factors_of(module: nn.Module, path: str, leaf: str, axis: Axis) -> list[Fact
     """
     found: list[Factor] = []
     for where, layer in _layers(module, path):
-        _check_layer(layer, where)
+        check_layer(layer, where)
         if getattr(layer, "parameter_name", "weight") != leaf:
             continue
         if axis == "numbers":
@@ -138,7 +138,7 @@ def factors_of(module: nn.Module, path: str, leaf: str, axis: Axis) -> list[Fact
         outputs = (axis == "rows") != is_turned(layer)
         kind = "lora_B" if outputs else "lora_A"
         for adapter, factor in getattr(layer, kind).items():
-            if not _trains(layer.lora_A[adapter]) and not _trains(layer.lora_B[adapter]):
+            if not trains(layer.lora_A[adapter]) and not trains(layer.lora_B[adapter]):
                 continue
             for name, parameter in factor.named_parameters():
                 full = f"{where}.{kind}.{adapter}.{name}"
@@ -181,7 +181,12 @@ def is_turned(layer: Any) -> bool:
     return layer._param_ndim == 3 and not layer._did_swap_in_out_features
 
 
-def _check_layer(layer: nn.Module, name: str) -> None:
+def check_layer(layer: nn.Module, name: str) -> None:
+    """Refuse an adapter layer whose update is not ``s B A``.
+
+    Raises:
+        FreezeError: It is not.
+    """
     if variants := getattr(layer, "lora_variant", None):
         raise FreezeError(
             f"{name} carries a LoRA variant ({list(variants)}), whose update is not "
@@ -213,7 +218,8 @@ def learning_factors(module: nn.Module, leaf: str, axis: Axis) -> list[nn.Parame
     return found
 
 
-def _trains(module: nn.Module) -> bool:
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of a module is trained."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -247,7 +253,7 @@ def check_fresh(model: nn.Module) -> None:
             continue
         for adapter, factor in factors.items():
             starts_at_zero = configs[adapter].init_lora_weights not in (False, "orthogonal")
-            used = _trains(factor) or adapter in getattr(module, "active_adapters", ())
+            used = trains(factor) or adapter in getattr(module, "active_adapters", ())
             if starts_at_zero and used and any(_learned(p) for p in factor.parameters()):
                 raise FreezeError(
                     f"Adapter {adapter!r} was trained before ({path}.lora_B is not zero). Its "

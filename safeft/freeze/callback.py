@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from safeft.files import sha256
 from safeft.freeze.adapters import check_adapters, check_fresh
 from safeft.freeze.certificate import Certificate, causal_verdict
 from safeft.freeze.certifier import Certifier, demand_exact
+from safeft.freeze.directions import DirectionPin
 from safeft.freeze.engines import (
     DDPWatch,
     asked_engine,
@@ -33,17 +35,20 @@ from safeft.processes import rank, ranks, same_everywhere, together
 from safeft.progress import launched
 from safeft.shards import check_offsets, keeper
 from safeft.sites import plain_model, plain_name
+from safeft.subspace import SafetySubspace, protected_pair
+from safeft.weights import ModelWeights
 
 logger = logging.getLogger(__name__)
 
 
 class SafetyFreezeCallback(TrainerCallback):
-    """Freezes neurons exactly during training; a drop-in for transformers and TRL trainers.
+    """Holds neurons or input directions during training; for transformers and TRL trainers.
 
     Pass it to the trainer's constructor (``callbacks=[...]``). It refuses, before the first step,
-    whatever cannot be exact; masks gradients before clipping; puts the neurons back after every
-    optimizer step; logs ``safeft/*`` scalars to the configured trackers; and writes
-    ``safeft_certificate.json`` into each checkpoint and, at the end, into the output folder.
+    whatever cannot be exact; masks gradients before clipping; puts what is held back after every
+    optimizer step (neurons to the bit, ``W U`` to rounding); logs ``safeft/*`` scalars to the
+    configured trackers; and writes ``safeft_certificate.json`` into each checkpoint and, at the
+    end, into the output folder.
 
     Works in one process, under DDP, FSDP2 and DeepSpeed ZeRO 1 to 3; where a launcher falls back
     to another engine than was asked for, or a mask does not fire in the first step, all processes
@@ -55,12 +60,14 @@ class SafetyFreezeCallback(TrainerCallback):
     something of, cannot change on resume.
 
     Args:
-        neurons: The set, or the folder it was saved in.
+        protected: The neuron set or the subspace, or the folder it was saved in.
         mode: ``freeze`` holds these neurons; ``train_only`` holds everything else. The latter keeps
             a copy of what it holds in the matrices it trains a part of.
         hold: Groups of parameters to hold whole as well: ``embeddings``, ``norms``, ``head``,
-            ``biases``.
-        strict: Refuse a model whose neurons have other weights than the set was located with.
+            ``biases``. By default none beside neurons, and beside a subspace all of them that it
+            has no basis for: trained, they move what every layer receives out of the directions.
+        subspace: Input directions to hold beside a neuron set, or the folder they were saved in.
+        strict: Refuse a model whose weights are not those that the set or subspace was located in.
         engine: Demand this engine (``single``, ``ddp``, ``fsdp2``, ``zero1``, ``zero2``,
             ``zero3``); by default the one the settings ask for.
         processes: Demand this many.
@@ -75,29 +82,31 @@ class SafetyFreezeCallback(TrainerCallback):
 
     def __init__(
         self,
-        neurons: NeuronSet | str | Path,
+        protected: NeuronSet | SafetySubspace | str | Path,
         mode: Mode = "freeze",
         *,
-        hold: Collection[Group] = (),
+        hold: Collection[Group] | None = None,
+        subspace: SafetySubspace | str | Path | None = None,
         strict: bool = True,
         engine: str | None = None,
         processes: int | None = None,
     ) -> None:
         self._unread: SafeftError | None = None
+        self.neurons: NeuronSet | None = None
+        self.subspace: SafetySubspace | None = None
         try:
-            given = isinstance(neurons, NeuronSet)
-            self.neurons: NeuronSet = neurons if given else NeuronSet.from_pretrained(neurons)
+            self.neurons, self.subspace = protected_pair(protected, subspace)
         except SafeftError as error:
             if launched() == 1:
                 raise
             self._unread = error  # said by all processes at once, where the trainer is built
         self.mode: Mode = mode
-        self.hold = tuple(hold)
+        self.hold = None if hold is None else tuple(hold)
         self.strict = strict
         self.engine, self.processes = engine, processes
         self.certificate: Certificate | None = None
         self.plan: Plan | None = None
-        self._paths: list[str] = []
+        self._paths: dict[int, str] = {}
         self._pin: Pin | None = None
         self._certifier: Certifier | None = None
         self._state: TrainerState | None = None
@@ -135,17 +144,20 @@ class SafetyFreezeCallback(TrainerCallback):
         check_fresh(model)
 
     def _prepare(self, args: TrainingArguments, model: nn.Module) -> None:
-        same_everywhere(self.neurons.hash[:16], "the neuron set (its hash)")
+        held = [found for found in (self.neurons, self.subspace) if found is not None]
+        same_everywhere([found.hash[:16] for found in held], "what is protected (its hash)")
         # Where weights are loaded in one process only, the others have nothing to compare.
         sharded = any(keeper(parameter) != "plain" for parameter in model.parameters())
         weights_too = self.strict and (sharded or rank() == 0)
-        if sharded:
-            self.neurons.check_model(model, weights_too=weights_too)
-        else:
-            together(lambda: self.neurons.check_model(model, weights_too=weights_too))
-        self.plan = together(lambda: make_plan(model, self.neurons, self.mode, self.hold))
+        for found in held:
+            if sharded:
+                found.check_model(model, weights_too=weights_too)
+            else:
+                together(partial(found.check_model, model, weights_too=weights_too))
+        self.plan = together(lambda: self._planned(model))
         same_everywhere(_signature(self.plan), "what is to be held")
-        if not self.plan.holds and not self.plan.still and rank() == 0:
+        nothing = not (self.plan.holds or self.plan.still or self.plan.directions)
+        if nothing and self.neurons is not None and rank() == 0:
             logger.warning(
                 "None of the %d neurons lies in a trainable parameter: they are held already, and "
                 "there is nothing to mask.",
@@ -153,13 +165,19 @@ class SafetyFreezeCallback(TrainerCallback):
             )
         if rank() == 0:
             _say_whether_validated(self.neurons)
+            _say_what_is_left(self.plan)
         for _, parameter in self.plan.still:
             parameter.requires_grad_(False)
-        paths = {id(parameter): path for path, parameter in _by_path(model).items()}
-        self._paths = [paths[id(hold.parameter)] for hold in self.plan.holds]
-        self._pin = Pin(self.plan.holds)
+        self._paths = {id(parameter): path for path, parameter in _by_path(model).items()}
+        span = None
+        if self.plan.directions:
+            span = DirectionPin(self.plan.directions, ModelWeights(model), everywhere=sharded)
+        self._pin = Pin(self.plan.holds, span)
         casts = asked_engine(args) not in ("single", "ddp")
-        self._certifier = Certifier(self.plan, model, self.neurons, casts=casts)
+        self._certifier = Certifier(self.plan, model, self.neurons, self.subspace, casts=casts)
+
+    def _planned(self, model: nn.Module) -> Plan:
+        return make_plan(model, self.neurons, self.mode, self.hold, self.subspace)
 
     def on_train_begin(
         self,
@@ -176,10 +194,10 @@ class SafetyFreezeCallback(TrainerCallback):
             self._prepare(args, model)
         assert self._pin is not None
         plan = together(lambda: self._plan_again(args, model, optimizer))
-        check_offsets([hold.parameter for hold in plan.holds])
+        check_offsets([held.parameter for held in (*plan.holds, *plan.directions)])
         self.plan, self._model = plan, plain_model(model)
         self._state, self._optimizer = state, optimizer
-        moved = self._pin.install(innermost(optimizer), plan.holds)
+        moved = self._pin.install(innermost(optimizer), plan.holds, plan.directions)
         self._restored = moved if state.global_step else 0
         if self._restored and rank() == 0:
             logger.warning(
@@ -216,27 +234,38 @@ class SafetyFreezeCallback(TrainerCallback):
         check_engine(args, model, optimizer)
         expected = {"engine": found_engine(model, optimizer), "processes": ranks()}
         check_expected(expected, self.engine, self.processes)
-        known = {hold.name for hold in self.plan.holds}
-        now = make_plan(model, self.neurons, self.mode, self.hold)
-        loose = [hold.name for hold in now.holds if hold.name not in known]
+        before = (*self.plan.holds, *self.plan.directions)
+        known = {held.name for held in before}
+        now = self._planned(model)
+        loose = [held.name for held in (*now.holds, *now.directions) if held.name not in known]
         if loose := loose + [name for name, _ in now.still]:
             raise FreezeError(
                 f"{loose[0]} became trainable after the trainer was built, so nothing would hold "
                 "it. Set requires_grad and add adapters before constructing the trainer."
             )
         here = _by_path(model)
-        holds = []
-        for hold, path in zip(self.plan.holds, self._paths, strict=True):
-            parameter = here.get(path)
-            replaced = parameter is not hold.parameter
-            if parameter is None or (replaced and keeper(parameter) == "plain"):
+
+        def again(name: str, parameter: nn.Parameter) -> nn.Parameter:
+            found = here.get(self._paths[id(parameter)])
+            if found is None or (found is not parameter and keeper(found) == "plain"):
                 raise FreezeError(
-                    f"{hold.name} was replaced after the trainer was built, so its mask would "
+                    f"{name} was replaced after the trainer was built, so its mask would "
                     "never fire. Build adapters and cast the model before constructing the "
                     "trainer, and pass it a model, not a model_init."
                 )
-            holds.append(replace(hold, parameter=parameter))
-        return replace(self.plan, holds=tuple(holds))
+            return found
+
+        holds = [
+            replace(hold, parameter=again(hold.name, hold.parameter)) for hold in self.plan.holds
+        ]
+        directions = []
+        for held in self.plan.directions:
+            partner = held.partner
+            if partner is not None:
+                partner = replace(partner, parameter=again(partner.name, partner.parameter))
+            parameter = again(held.name, held.parameter)
+            directions.append(replace(held, parameter=parameter, partner=partner))
+        return replace(self.plan, holds=tuple(holds), directions=tuple(directions))
 
     def on_step_begin(
         self,
@@ -337,7 +366,9 @@ class SafetyFreezeCallback(TrainerCallback):
         assert self._pin is not None
         assert self.plan is not None
         part = self._pin.report() if ranks() > 1 else None
-        self.certificate = self._certifier.certify(self._run(state), self.plan, part)
+        directions = self._pin.span.report() if self._pin.span is not None else []
+        run = self._run(state)
+        self.certificate = self._certifier.certify(run, self.plan, part, directions)
         if folder is not None and state.is_world_process_zero and folder.is_dir():
             self.certificate.save(folder)
         demand_exact(self.certificate, when)
@@ -347,21 +378,39 @@ class SafetyFreezeCallback(TrainerCallback):
         assert self._pin is not None
         assert self._model is not None
         assert self._optimizer is not None
-        masked = [hold.parameter.requires_grad for hold in self.plan.holds]
+        span = self._pin.span
+        held = (*self.plan.holds, *self.plan.directions)
+        fired = [*self._pin.fired, *(span.fired if span is not None else ())]
+        masked = [found.parameter.requires_grad for found in held]
         return {
             **describe(self._model, self._optimizer),
             "wrapper": self._ddp.seen if self._ddp is not None else None,
             "steps": state.global_step,
             "pins": self._pin.pins,
             "masked_parameters": sum(masked),
-            "masks_fired": sum(count > 0 for count in self._pin.fired),
+            "masks_fired": sum(count > 0 for count in fired),
             "held_whole": [name for name, _ in self.plan.still],
+            "left_to_train": list(self.plan.loose),
             "slices_restored_on_resume": self._restored,
         }
 
 
-def _say_whether_validated(neurons: NeuronSet) -> None:
+def _say_what_is_left(plan: Plan) -> None:
+    """What is trained beside held directions may move what the layers receive out of them."""
+    if plan.loose:
+        logger.warning(
+            "%d parameters beside the held directions are trained whole, as asked by `hold` (%s%s):"
+            " they move what the layers receive, and refusals may go with it.",
+            len(plan.loose),
+            ", ".join(plan.loose[:3]),
+            ", ..." * (len(plan.loose) > 3),
+        )
+
+
+def _say_whether_validated(neurons: NeuronSet | None) -> None:
     """Holding neurons on which refusal does not hang is exact, and keeps nothing."""
+    if neurons is None:
+        return
     verdict = causal_verdict(neurons)
     if verdict == "never validated":
         logger.info("That refusal hangs on these neurons was never checked: `safeft validate`.")
@@ -386,4 +435,5 @@ def _signature(plan: Plan) -> str:
         [piece.name, piece.axis, -1 if piece.entries is None else piece.entries.tolist()]
         for piece in plan.slices
     ] + [[hold.name, hold.entries.tolist()] for hold in plan.holds]
+    rows += [[held.name, held.weight, list(held.basis.shape)] for held in plan.directions]
     return sha256(json.dumps(rows).encode())[:16]

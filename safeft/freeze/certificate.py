@@ -12,6 +12,7 @@ from torch import Tensor
 from safeft.files import write_whole
 from safeft.neurons import NeuronSet
 from safeft.processes import flat_bytes
+from safeft.subspace import SafetySubspace
 
 CERTIFICATE_NAME = "safeft_certificate.json"
 SCHEMA_VERSION = 1
@@ -24,7 +25,7 @@ class Violation:
     Attributes:
         tensor: The weight's name.
         neuron: ``site#unit``, or an empty string where the weight belongs to no neuron.
-        axis: ``rows`` or ``columns``.
+        axis: ``rows``, ``columns`` or ``directions``.
         index: The row or column; None where only hashes were compared (during training).
         changed: How many of its weights differ in some bit, where known.
         max_abs: The largest difference, where known.
@@ -38,6 +39,8 @@ class Violation:
     max_abs: float | None = None
 
     def __str__(self) -> str:
+        if self.axis == "directions":
+            return f"{self.tensor}: W U changed by {self.max_abs:.3g}, more than rounding explains"
         if self.index is None:
             return f"{self.tensor}: protected {self.axis} differ"
         neuron = f" ({self.neuron})" if self.neuron else ""
@@ -52,7 +55,8 @@ class Certificate:
     """Whether everything protected is bit-identical, and what that rests on.
 
     Attributes:
-        exact: True if no protected weight differs in any bit.
+        exact: True if no protected weight differs in any bit, and no held direction by more than
+            rounding.
         violations: What differs, one entry per row or column.
         mode: ``freeze`` or ``train_only``.
         neurons: Hash, count and origin of the set.
@@ -60,6 +64,9 @@ class Certificate:
             in the base and now.
         frozen_share: Share of the model's weights that are protected, 0 to 1.
         run: How it came about: engine, processes, optimizer, steps, or the two folders compared.
+        subspace: Hash, share of the rank and origin of the subspace, where one was held.
+        directions: Per weight whose input directions were held: rank, features, the relative
+            change ``norm(W U - W0 U) / norm(W0 U)``, and what of it rounding explains.
     """
 
     exact: bool
@@ -69,6 +76,13 @@ class Certificate:
     slices: tuple[Mapping[str, Any], ...]
     frozen_share: float
     run: Mapping[str, Any] = field(default_factory=dict)
+    subspace: Mapping[str, Any] = field(default_factory=dict)
+    directions: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def largest_change(self) -> float:
+        """The largest relative change of any held ``W U``; 0 where none is held."""
+        return max((float(held["relative_change"]) for held in self.directions), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, schema version first."""
@@ -86,16 +100,24 @@ class Certificate:
 
     def summary(self) -> str:
         """Two or three lines for a person."""
-        verdict = "EXACT" if self.exact else "VIOLATED"
-        what = (
-            f"{self.neurons['count']} neurons"
-            if self.mode == "freeze"
-            else f"everything but {self.neurons['count']} neurons"
-        )
-        lines = [
-            f"{verdict}: {what}, {self.frozen_share:.2%} of the weights, "
-            f"{len(self.slices)} tensors compared."
-        ]
+        off = {violation.axis == "directions" for violation in self.violations}
+        verdict = "VIOLATED" if False in off else "EXACT"
+        lines = []
+        if self.neurons or self.slices:
+            what = "what no direction is held of"
+            if self.neurons:
+                what = f"{self.neurons['count']} neurons"
+                what = what if self.mode == "freeze" else f"everything but {what}"
+            lines.append(
+                f"{verdict}: {what}, {self.frozen_share:.2%} of the weights, "
+                f"{len(self.slices)} tensors compared."
+            )
+        if self.directions:
+            lines.append(
+                f"{'VIOLATED' if True in off else 'HELD'}: input directions of "
+                f"{len(self.directions)} layers, {self.subspace['share']:.1%} of their rank; "
+                f"the largest relative change of W U is {self.largest_change:.1e}."
+            )
         lines += [f"  {violation}" for violation in self.violations[:5]]
         if len(self.violations) > 5:
             lines.append(f"  and {len(self.violations) - 5} more")
@@ -111,6 +133,27 @@ def describe_set(neurons: NeuronSet) -> dict[str, Any]:
         "causal": causal_verdict(neurons),
         "base_model": neurons.model.name_or_path,
     }
+
+
+def describe_subspace(subspace: SafetySubspace) -> dict[str, Any]:
+    """What a certificate says about the subspace it speaks of."""
+    source = {key: value for key, value in subspace.source.items() if key != "coverage"}
+    return {
+        "layers": len(subspace.readers),
+        "share": subspace.share,
+        "sha256": subspace.hash,
+        "source": source,
+        "base_model": subspace.model.name_or_path,
+    }
+
+
+def off_directions(directions: Iterable[Mapping[str, Any]]) -> list[Violation]:
+    """Those that moved by more than rounding."""
+    return [
+        Violation(held["tensor"], "", "directions", max_abs=held["relative_change"])
+        for held in directions
+        if not held["relative_change"] <= held["tolerance"]  # NaN is a violation too
+    ]
 
 
 def causal_verdict(neurons: NeuronSet) -> str:

@@ -1,6 +1,6 @@
 """What certifies a running training: held slices against what they were at its start."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from safeft.freeze.certificate import (
     Violation,
     bytes_hash,
     describe_set,
+    describe_subspace,
     differences,
+    off_directions,
 )
 from safeft.freeze.plan import Plan, Slice
 from safeft.neurons import NeuronSet
 from safeft.processes import from_first, gathered, rank, ranks
 from safeft.shards import keeper, read
+from safeft.subspace import SafetySubspace
 from safeft.weights import ModelWeights
 
 _CAST_TO = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,14 +36,23 @@ class Certifier:
         plan: What is held, on the model as it is now.
         model: The model.
         neurons: The set, for the certificate.
+        subspace: The subspace, likewise.
         casts: The engine may store weights in another dtype than they were loaded in (FSDP2 trains
             in float32, DeepSpeed computes in bfloat16): hash the base in each of them.
     """
 
     def __init__(
-        self, plan: Plan, model: nn.Module, neurons: NeuronSet, *, casts: bool = False
+        self,
+        plan: Plan,
+        model: nn.Module,
+        neurons: NeuronSet | None,
+        subspace: SafetySubspace | None = None,
+        *,
+        casts: bool = False,
     ) -> None:
-        self._plan, self._neurons = plan, neurons
+        self._plan = plan
+        self._neurons = {} if neurons is None else describe_set(neurons)
+        self._subspace = {} if subspace is None else describe_subspace(subspace)
         self._weights = ModelWeights(model)
         self._base: list[dict[str, str]] = []
         self._shared = False
@@ -52,6 +64,7 @@ class Certifier:
         run: Mapping[str, Any],
         plan: Plan | None = None,
         part: Mapping[str, Any] | None = None,
+        directions: Sequence[Mapping[str, Any]] = (),
     ) -> Certificate:
         """The certificate as of now. Every process must call it; they must agree.
 
@@ -60,6 +73,7 @@ class Certifier:
             plan: The plan on the parameters as they are trained now, where an engine has put
                 others in the place of the model's.
             part: What this process says of the part it stores (see :meth:`Pin.report`).
+            directions: What is said of held directions (see :meth:`DirectionPin.report`).
         """
         plan = plan or self._plan
         if not self._shared:
@@ -81,7 +95,7 @@ class Certifier:
             )
             if now != was:
                 violations.append(Violation(piece.name, "", piece.axis))
-        violations += _moved_factors(plan)
+        violations += [*_moved_factors(plan), *off_directions(directions)]
         hashes = gathered([piece["sha256_now"] for piece in slices])
         parts = [theirs for theirs in gathered(part) if theirs is not None]
         if differing := [n for n, theirs in enumerate(hashes) if theirs != hashes[0]]:
@@ -92,10 +106,12 @@ class Certifier:
             not violations,
             tuple(violations),
             plan.mode,
-            describe_set(self._neurons),
+            self._neurons,
             tuple(slices),
             plan.frozen_share,
             {**run, "parts": parts} if ranks() > 1 else dict(run),
+            self._subspace,
+            tuple(directions),
         )
 
     def _read(self, piece: Slice) -> Tensor:

@@ -61,6 +61,37 @@ class MergedWeights:
         An update too small to show after rounding would still show unmerged, so it is returned
         as the next representable change.
         """
+        copied = self._copied(name)
+        if copied is not None:
+            return self._adapter.read(copied, axis, entries)
+        base = self._base.read(name, axis, entries)
+        update = self.update(name, axis, entries)
+        if update is None:
+            return base
+        merged = torch.where(update == 0, base, (base.float() + update).to(base.dtype))
+        unseen = (merged == base) & (update != 0)
+        towards = torch.full_like(base, torch.inf)
+        return torch.where(unseen, torch.nextafter(base, towards), merged)
+
+    def change(self, name: str, axis: Axis, entries: Tensor) -> Tensor:
+        """What the adapter changes of a slice, float32, not rounded into the base's dtype."""
+        copied = self._copied(name)
+        if copied is not None:
+            base = self._base.read(name, axis, entries)
+            return self._adapter.read(copied, axis, entries).float() - base.float()
+        update = self.update(name, axis, entries)
+        return self._base.read(name, axis, entries).float().zero_() if update is None else update
+
+    def rounded_in(self, name: str) -> torch.dtype:
+        """The dtype a change was saved in: some engines train factors in bfloat16."""
+        where, _ = self._layers.get(name, ("", None))
+        saved = self._copied(name) or f"{_PREFIX}{where}.lora_A.weight"
+        if saved not in self._names:
+            return torch.float32
+        return self._adapter.read(saved, "rows", torch.arange(1)).dtype
+
+    def _copied(self, name: str) -> str | None:
+        """Under which name a whole copy of a weight was saved, where one was."""
         module, _, leaf = name.rpartition(".")
         for other in self._other:
             if other.startswith(f"{module}."):
@@ -68,17 +99,8 @@ class MergedWeights:
                     f"The adapter {str(self._folder)!r} changes {name!r} by {other!r}, which "
                     "cannot be read slice by slice. Merge it (merge_and_unload) and verify that."
                 )
-        for saved in (f"{_PREFIX}{name}", f"{_PREFIX}{module}.base_layer.{leaf}"):
-            if saved in self._names:
-                return self._adapter.read(saved, axis, entries)
-        base = self._base.read(name, axis, entries)
-        update = self._update(name, axis, entries)
-        if update is None:
-            return base
-        merged = torch.where(update == 0, base, (base.float() + update).to(base.dtype))
-        unseen = (merged == base) & (update != 0)
-        towards = torch.full_like(base, torch.inf)
-        return torch.where(unseen, torch.nextafter(base, towards), merged)
+        copies = (f"{_PREFIX}{name}", f"{_PREFIX}{module}.base_layer.{leaf}")
+        return next((saved for saved in copies if saved in self._names), None)
 
     def _check_names(self) -> list[str]:
         """Refuse factors that fit nothing in the base; list what is neither factor nor copy."""
@@ -104,7 +126,8 @@ class MergedWeights:
                 )
         return other
 
-    def _update(self, name: str, axis: Axis, entries: Tensor) -> Tensor | None:
+    def update(self, name: str, axis: Axis, entries: Tensor) -> Tensor | None:
+        """What the adapter adds to a slice, float32 and not rounded; None where nothing."""
         module, _, leaf = name.rpartition(".")
         where, layer = self._layers.get(f"{module}.weight" if leaf == "bias" else name, ("", None))
         if layer is None:

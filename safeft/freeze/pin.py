@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from safeft.blocks import Block, Lines, length_of
 from safeft.errors import FreezeError
 from safeft.freeze.certificate import bytes_hash
+from safeft.freeze.directions import DirectionPin, Directions
+from safeft.freeze.masks import check_fired, mask_gradient, stepped_storages
 from safeft.freeze.plan import Hold
 from safeft.processes import broadcast, flat_bytes, ranks, summed
 from safeft.shards import Shard, copies, keeper, live, master, moments, read
@@ -53,17 +55,17 @@ class _Piece:
 class Pin:
     """Holds a plan's slices during training. Only the slices are stored, never a dense mask.
 
-    The mask of a plain or DTensor parameter is a post-accumulate hook that zeroes the held rows or
-    columns of ``.grad`` in place: it runs inside the accumulation node, so before DDP reduces the
-    gradient, and after FSDP2 has; a tensor hook would never fire there. DeepSpeed reduces in such
-    a hook of its own, so under it the mask is a tensor hook, which comes before. Clipping never
-    sees what was removed.
-
     Make it while the model holds the base weights. Process 0's are the ones that count.
+
+    Args:
+        holds: Rows and columns.
+        span: The pin of directions, where there are any. It comes first, so that what is held to
+            the bit has the last word.
     """
 
-    def __init__(self, holds: Sequence[Hold]) -> None:
+    def __init__(self, holds: Sequence[Hold], span: DirectionPin | None = None) -> None:
         self._holds = list(holds)
+        self.span = span
         self._base: list[Tensor | None] | None = [_snapshot(hold) for hold in holds]
         self._pieces: list[list[_Piece]] = [[] for _ in holds]
         self._optimizer: torch.optim.Optimizer | None = None
@@ -73,15 +75,32 @@ class Pin:
         self._stepped: set[int] = set()
         self.fired = [0] * len(self._holds)
         self.pins = 0
-        self.measuring = False
+        self._measuring = False
 
-    def install(self, optimizer: torch.optim.Optimizer, holds: Sequence[Hold] | None = None) -> int:
+    @property
+    def measuring(self) -> bool:
+        """Whether the next step is measured."""
+        return self._measuring
+
+    @measuring.setter
+    def measuring(self, value: bool) -> None:
+        self._measuring = value
+        if self.span is not None:
+            self.span.measuring = value
+
+    def install(
+        self,
+        optimizer: torch.optim.Optimizer,
+        holds: Sequence[Hold] | None = None,
+        directions: Sequence[Directions] | None = None,
+    ) -> int:
         """Register the masks and the pin; put the slices right and clear their moments at once.
 
         Args:
             optimizer: The one that really steps.
             holds: The same holds on the parameters that are being trained now, where an engine
                 has put others in the place of the model's.
+            directions: The same of those.
 
         Returns:
             How many held slices were not where the snapshot has them (after loading a checkpoint).
@@ -92,6 +111,7 @@ class Pin:
         """
         self.remove()
         self._holds = self._holds if holds is None else list(holds)
+        turned = self.span.install(optimizer, directions) if self.span is not None else 0
         moved = self._place() if self._base is not None else self._place_again()
         self._clear_moments(optimizer)
         self._optimizer = optimizer
@@ -100,10 +120,12 @@ class Pin:
             if hold.parameter.requires_grad:
                 self._handles.append(self._register(number, hold))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
-        return moved
+        return moved + turned
 
     def remove(self) -> None:
         """Take all hooks off."""
+        if self.span is not None:
+            self.span.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -165,50 +187,28 @@ class Pin:
         parameter = hold.parameter
         if keeper(parameter) == "zero":
             whole = Block((0, 0, 0), hold.form).lines(hold.axis, hold.entries, hold.form)
-            return parameter.register_hook(self._tensor_mask(number, whole.to(parameter.device)))
-        lines = live(parameter, hold.form).lines(hold.axis, hold.entries)
-        return parameter.register_post_accumulate_grad_hook(self._mask(number, lines))
+            held = [whole.to(parameter.device)]
+        else:
+            held = live(parameter, hold.form).lines(hold.axis, hold.entries)
+        return mask_gradient(parameter, hold.name, self._clear(number, held))
 
-    def _mask(self, number: int, held: Sequence[Lines]) -> Callable[[Tensor], None]:
-        def hook(parameter: Any) -> None:
+    def _clear(self, number: int, held: Sequence[Lines]) -> Callable[[Tensor], None]:
+        def change(gradient: Tensor) -> None:
             self.fired[number] += 1
-            gradient = parameter.grad
-            assert gradient is not None
-            if keeper(gradient) == "dtensor":
-                if gradient.placements != parameter.placements:
-                    raise FreezeError(
-                        f"The gradient of {self._holds[number].name} is placed as "
-                        f"{gradient.placements} and the parameter as {parameter.placements}, so "
-                        "its rows are not the parameter's. This mix of parallelism is not "
-                        "supported; use FSDP2 alone."
-                    )
-                gradient = gradient._local_tensor
-            elif not gradient.is_contiguous():
-                gradient = parameter.grad = gradient.contiguous()
             for lines in held:
                 self._measure(lines, gradient)
                 lines.clear(gradient)
 
-        return hook
-
-    def _tensor_mask(self, number: int, held: Lines) -> Callable[[Tensor], Tensor]:
-        def hook(gradient: Tensor) -> Tensor:
-            self.fired[number] += 1
-            masked = gradient.clone(memory_format=torch.contiguous_format)
-            self._measure(held, masked)
-            held.clear(masked)
-            return masked
-
-        return hook
+        return change
 
     def _measure(self, lines: Lines, gradient: Tensor) -> None:
-        if self.measuring:
+        if self._measuring:
             self._removed.append(lines.get(gradient).float().square().sum())
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
         stepped = list(self._just_stepped())
-        if self.measuring:
+        if self._measuring:
             self._drifts += [piece.drift() for _, piece in stepped]
         for number, piece in stepped:
             piece.put_back()
@@ -217,11 +217,8 @@ class Pin:
 
     def _just_stepped(self) -> Iterator[tuple[int, _Piece]]:
         """ZeRO steps one flat group after the other: pin what lies in this one."""
-        flat: set[int] | None = None
-        if self._holds and keeper(self._holds[0].parameter) == "zero":
-            assert self._optimizer is not None
-            groups = self._optimizer.param_groups
-            flat = {p.untyped_storage().data_ptr() for g in groups for p in g["params"]}
+        assert self._optimizer is not None
+        flat = stepped_storages((hold.parameter for hold in self._holds), self._optimizer)
         for number, pieces in enumerate(self._pieces):
             for piece in pieces:
                 if flat is None or piece.open().untyped_storage().data_ptr() in flat:
@@ -241,26 +238,10 @@ class Pin:
         Raises:
             FreezeError: A mask did not fire although its parameter has a gradient, or none did.
         """
-        masked = [
-            (hold, count)
-            for hold, count in zip(self._holds, self.fired, strict=True)
-            if hold.parameter.requires_grad
-        ]
-        for hold, count in masked:
-            # DeepSpeed has stepped and dropped its gradients before anybody can look.
-            expected = hold.parameter.grad is not None or keeper(hold.parameter) == "zero"
-            if expected and count == 0:
-                raise FreezeError(
-                    f"The gradient mask of {hold.name} did not fire in the first step although the "
-                    "parameter is trained: something replaced the parameter or its hooks after "
-                    "training began. The neurons would not be frozen, so training stops here."
-                )
-        if masked and not any(count for _, count in masked):
-            raise FreezeError(
-                f"None of the {len(masked)} gradient masks fired in the first step: the backward "
-                "pass does not reach the parameters they are on, so another copy of the model is "
-                "being trained. The neurons would not be frozen, so training stops here."
-            )
+        if self.span is not None:
+            self.span.check_fired()
+        fired = zip(self._holds, self.fired, strict=True)
+        check_fired((hold.name, hold.parameter, count) for hold, count in fired)
 
     def check_pinned(self) -> None:
         """After an optimizer step: everything held in this process was put back.
@@ -268,6 +249,8 @@ class Pin:
         Raises:
             FreezeError: The pin did not fire, or not for some parameter.
         """
+        if self.span is not None:
+            self.span.check_pinned()
         if self.pins == 0:
             raise FreezeError(
                 "The optimizer stepped and the pin did not fire: this optimizer does not step "
@@ -303,7 +286,8 @@ class Pin:
             parts[torch.distributed.get_rank()] = torch.tensor([removed, drift])
             parts = summed(parts)
             removed, drift = float(parts[:, 0].sum()), float(parts[:, 1].max())
-        return {"safeft/grad_norm_removed": removed**0.5, "safeft/max_drift_before_pin": drift}
+        found = {"safeft/grad_norm_removed": removed**0.5, "safeft/max_drift_before_pin": drift}
+        return found | (self.span.measured() if self.span is not None else {})
 
 
 def _snapshot(hold: Hold) -> Tensor | None:

@@ -7,7 +7,7 @@ after merging too.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from safeft.blocks import Axis, Form, count_of, form_of, length_of
 from safeft.errors import ConfigError, FreezeError
 from safeft.freeze.adapters import factors_of, is_factor, learning_factors, zero_axis
+from safeft.freeze.covering import held_directions, uncovered
+from safeft.freeze.directions import Directions
 from safeft.neurons import NeuronSet
 from safeft.shards import shape_of
-from safeft.sites import Site, bare, dense, find_sites, plain_model, plain_name
+from safeft.sites import Site, bare, dense, find_linears, find_sites, plain_model, plain_name
+from safeft.subspace import SafetySubspace
 from safeft.weights import ModelWeights
 
 Mode: TypeAlias = Literal["freeze", "train_only"]
 """``freeze`` holds the neurons; ``train_only`` holds everything else (Precise Shield)."""
 
-Group: TypeAlias = Literal["embeddings", "norms", "head", "biases"]
-"""Whole groups of parameters that can be held beside the neurons."""
+Group: TypeAlias = Literal["embeddings", "norms", "head", "biases", "tokens"]
+"""Groups of parameters that can be held beside neurons or directions; ``tokens`` are the embeddings
+of those that a subspace was found on, the others whole."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Plan:
         still: Trainable parameters to be held whole, by switching their gradient off.
         held_weights: Number of the plain model's weights that are protected.
         all_weights: Number of all its weights.
+        directions: Of which trainable parameters input directions are held.
+        loose: Trainable parameters that neither are held nor have a basis, by the caller's will.
     """
 
     mode: Mode
@@ -81,6 +87,8 @@ class Plan:
     still: tuple[tuple[str, nn.Parameter], ...]
     held_weights: int
     all_weights: int
+    directions: tuple[Directions, ...] = ()
+    loose: tuple[str, ...] = ()
 
     @property
     def frozen_share(self) -> float:
@@ -97,38 +105,33 @@ class _Draft:
 
 
 def make_plan(
-    model: nn.Module, neurons: NeuronSet, mode: Mode = "freeze", hold: Collection[Group] = ()
+    model: nn.Module,
+    neurons: NeuronSet | None,
+    mode: Mode = "freeze",
+    hold: Collection[Group] | None = None,
+    subspace: SafetySubspace | None = None,
 ) -> Plan:
-    """Resolve ``neurons`` on ``model``; nothing is changed yet.
+    """Resolve what is to be held on ``model``; nothing is changed yet.
 
     Args:
         model: The model as the trainer has it, adapters included.
         neurons: The set; it must fit the model (see ``NeuronSet.check_model``).
         mode: ``freeze`` or ``train_only``.
-        hold: Groups of parameters to hold whole as well; only with ``freeze``.
+        hold: Groups of parameters to hold whole as well; only with ``freeze``. None holds no group
+            beside neurons, and beside a subspace all that it does not cover.
+        subspace: Input directions to hold; only with ``freeze``.
 
     Raises:
         FreezeError: An empty set, or an adapter under which the slices cannot be held exactly.
-        ConfigError: An unknown mode or group.
+        ConfigError: An unknown mode or group, or nothing to hold.
     """
-    if mode not in get_args(Mode):
-        raise ConfigError(f"mode={mode!r} is not one of {', '.join(get_args(Mode))}.")
-    if unknown := [group for group in hold if group not in get_args(Group)]:
-        raise ConfigError(f"hold={unknown} names none of {', '.join(get_args(Group))}.")
-    if not len(neurons):
-        raise FreezeError(
-            "The set holds no neuron. Freezing nothing protects nothing, and it would look like "
-            "protection; locate with a larger fraction."
-        )
-    if hold and mode == "train_only":
-        raise ConfigError(
-            f"hold={list(hold)} goes with mode='freeze'; train_only holds all but the neurons."
-        )
+    _check_wanted(neurons, mode, hold, subspace)
     plain, sites = plain_model(model), find_sites(model)
     draft = _Draft()
     weights = ModelWeights(plain)
-    for tensor in _tensors(sites, neurons, mode):
+    for tensor in _tensors(sites, neurons, mode) if neurons is not None else ():
         _hold_tensor(plain, weights, tensor, mode, draft)
+    directions, loose = [], ()
     if mode == "train_only":
         whole = {
             plain_name(name): parameter
@@ -136,12 +139,87 @@ def make_plan(
             if id(parameter) not in draft.free
         }
     else:
-        whole = group_parameters(plain, hold)
+        whole = group_parameters(plain, hold or ())
+        if subspace is not None:
+            held_whole = {id(parameter) for parameter in whole.values()}
+            directions = [
+                held
+                for held in held_directions(plain, subspace, _held_inputs(plain, draft))
+                if id(held.parameter) not in held_whole
+            ]
+            rest = uncovered(plain, directions, whole)
+            if "tokens" in (hold or ()):
+                rest.pop(_hold_tokens(plain, subspace, draft), None)
+            left = set() if hold is None else set(group_parameters(plain, get_args(Group)))
+            loose = tuple(name for name in rest if name in left)
+            whole |= {name: found for name, found in rest.items() if name not in loose}
     _hold_whole(whole, draft)
     total = sum(torch.Size(weights.shape(name) or ()).numel() for name in weights.names())
     held = sum(_size(weights, piece) for piece in draft.slices)
     still = tuple((n, p) for n, p in whole.items() if p.requires_grad)
-    return Plan(mode, tuple(draft.slices), tuple(draft.holds), still, held, total)
+    found = (tuple(draft.slices), tuple(draft.holds), still, held, total)
+    return Plan(mode, *found, tuple(directions), loose)
+
+
+def _check_wanted(
+    neurons: NeuronSet | None,
+    mode: Mode,
+    hold: Collection[Group] | None,
+    subspace: SafetySubspace | None,
+) -> None:
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode={mode!r} is not one of {', '.join(get_args(Mode))}.")
+    if unknown := [group for group in hold or () if group not in get_args(Group)]:
+        raise ConfigError(f"hold={unknown} names none of {', '.join(get_args(Group))}.")
+    if neurons is None and subspace is None:
+        raise ConfigError("Neither neurons nor a subspace is given, so nothing would be held.")
+    if "tokens" in (hold or ()) and subspace is None:
+        raise ConfigError(
+            "hold=['tokens'] means the tokens that a subspace was found on, and none is given. "
+            "Hold 'embeddings' instead."
+        )
+    if "tokens" in (hold or ()) and subspace is not None and not len(subspace.tokens):
+        raise ConfigError(
+            "hold=['tokens'] means the tokens that the subspace was found on, and it knows of none "
+            "(it was not located, but given). All embeddings would be free; hold 'embeddings'."
+        )
+    if neurons is not None and not len(neurons):
+        raise FreezeError(
+            "The set holds no neuron. Freezing nothing protects nothing, and it would look like "
+            "protection; locate with a larger fraction."
+        )
+    if mode == "train_only" and (hold or subspace is not None):
+        given = f"hold={list(hold or ())}" if subspace is None else "A subspace"
+        raise ConfigError(f"{given} goes with mode='freeze'; train_only holds all but the neurons.")
+
+
+def _hold_tokens(plain: Any, subspace: SafetySubspace, draft: _Draft) -> str:
+    """Hold the embeddings of the tokens the subspace was found on; gives the weight's name."""
+    embeddings, head = dense(plain.get_input_embeddings()), plain.get_output_embeddings()
+    weight: Any = embeddings.weight
+    name = next(name for name, found in plain.named_parameters() if found is weight)
+    if head is not None and dense(head).weight is weight:
+        raise ConfigError(
+            "hold=['tokens'] frees the embeddings of other tokens, and this model's head reads the "
+            "same weights: their odds would move in every answer. Hold 'embeddings' instead."
+        )
+    draft.slices.append(Slice(plain_name(name), "rows", subspace.tokens))
+    if weight.requires_grad:
+        form = form_of(shape_of(weight))
+        draft.holds.append(Hold(plain_name(name), weight, "rows", subspace.tokens, False, form))
+    return plain_name(name)
+
+
+def _held_inputs(plain: nn.Module, draft: _Draft) -> dict[str, Tensor]:
+    """Of linear layers, the inputs that neurons hold to the bit."""
+    linears = find_linears(plain, ("text", "vision", "projector"))
+    return {
+        piece.name: piece.entries
+        for piece in draft.slices
+        if piece.name in linears
+        and piece.axis == linears[piece.name].axis
+        and piece.entries is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -219,25 +297,20 @@ def _hold_whole(whole: Mapping[str, nn.Parameter], draft: _Draft) -> None:
 
 def group_parameters(plain: nn.Module, hold: Collection[Group]) -> dict[str, nn.Parameter]:
     """The parameters of whole groups, by name, each once where weights are tied."""
-    members: dict[int, tuple[str, nn.Parameter]] = {}
-
-    def add(prefix: str, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters(prefix):
-            members[id(parameter)] = (plain_name(name), parameter)
-
-    paths = {id(module): path for path, module in plain.named_modules()}
+    members: set[int] = set()
     for group, side in (("embeddings", "input"), ("head", "output")):
         module = getattr(plain, f"get_{side}_embeddings")() if group in hold else None
         if isinstance(module, nn.Module):
-            add(paths[id(module)], module)
-    for path, module in plain.named_modules():
-        if "norms" in hold and "norm" in type(module).__name__.lower():
-            add(path, module)
-        module = bare(module)
-        bias = getattr(module, "bias", None)
+            members.update(id(parameter) for parameter in module.parameters())
+    for module in plain.modules():
+        norm = "norms" in hold and "norm" in type(module).__name__.lower()
+        if norm or ("embeddings" in hold and isinstance(module, nn.Embedding)):  # of positions
+            members.update(id(parameter) for parameter in module.parameters())
+        bias = getattr(bare(module), "bias", None)
         if "biases" in hold and isinstance(bias, nn.Parameter):
-            members[id(bias)] = (plain_name(f"{path}.bias"), bias)
-    return dict(members.values())
+            members.add(id(bias))
+    # Of tied weights, the name that checkpoints know.
+    return {plain_name(n): p for n, p in plain.named_parameters() if id(p) in members}
 
 
 def _size(weights: ModelWeights, piece: Slice) -> int:

@@ -7,15 +7,15 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError, PromptError
-from safeft.files import sha256
-from safeft.generation import evaluation_mode, generate
+from safeft.generation import evaluation_mode
 from safeft.locators.attribution import AttributionFitter
+from safeft.locators.calibration import answered, calibrated, check_choice, prompts_hash
 from safeft.locators.contrast import ContrastFitter
 from safeft.locators.grouping import Grouping, GroupSizes, check_sizes, group
 from safeft.locators.groups import UnitGroups
@@ -24,6 +24,7 @@ from safeft.locators.random import RandomFitter
 from safeft.locators.scores import Fitter, Scores, Side, Statistics, merged
 from safeft.locators.select import Selection, check_size, select
 from safeft.locators.snip import SnipFitter
+from safeft.locators.subspace import locate_subspace
 from safeft.locators.variance import VarianceFitter
 from safeft.locators.wanda import WandaFitter
 from safeft.neurons import NeuronSet
@@ -58,6 +59,7 @@ __all__ = [
     "group",
     "locate",
     "locate_groups",
+    "locate_subspace",
     "score",
     "select",
 ]
@@ -153,7 +155,7 @@ def locate(
     """
     if fraction is None and count is None and threshold is None:
         fraction = 0.05
-    _check_choice("method", method, METHODS)
+    check_choice("method", method, METHODS)
     selection = Selection(
         fraction, count, threshold, scope or _SCOPES.get(method, "layer"), utility_fraction, fill
     )
@@ -196,7 +198,7 @@ def locate(
         "method": method,
         **settings,
         **_unscored(scores),
-        "calibration": _calibration(sides),
+        "calibration": calibrated(sides),
     }
     return NeuronSet.of(model, indices, source)
 
@@ -244,7 +246,7 @@ def locate_groups(
     found = {name: site for name, site in found.items() if name not in scores.unscored}
     grouping = group(scores, found, sizes)
     source = {"method": "variance", "sites": sites, **_unscored(scores)}
-    source["calibration"] = _calibration(sides)
+    source["calibration"] = calibrated(sides)
     return UnitGroups.of(model, from_first(grouping) if share else grouping, source)
 
 
@@ -279,7 +281,15 @@ def score(
             continue
         ready = list(prompts)
         if fitter.needs_responses:
-            ready = _answered(model, tokenizer, ready, batch_size, max_length, chat_template, share)
+            ready = answered(
+                model,
+                tokenizer,
+                ready,
+                batch_size=batch_size,
+                max_length=max_length,
+                chat_template=chat_template,
+                share=share,
+            )
         for number, batch in enumerate(
             batches(
                 tokenizer,
@@ -304,9 +314,9 @@ def score(
 
 
 def _sites(model: PreTrainedModel, kind: Where, towers: Sequence[TowerName]) -> dict[str, Site]:
-    _check_choice("sites", kind, tuple(_KINDS))
+    check_choice("sites", kind, tuple(_KINDS))
     for tower in towers:
-        _check_choice("towers", tower, TOWER_NAMES)
+        check_choice("towers", tower, TOWER_NAMES)
     found = find_sites(model, _KINDS[kind])
     if missing := set(towers) - {site.tower for site in found.values()}:
         raise ConfigError(
@@ -340,42 +350,6 @@ def _fitter(method: Method, model: PreTrainedModel, sites: Mapping[str, Site], s
     return RandomFitter(sites, seed)
 
 
-def _answered(
-    model: PreTrainedModel,
-    tokenizer: Reader,
-    prompts: list[Prompt],
-    batch_size: int,
-    max_length: int,
-    chat_template: str | None,
-    share: bool,
-) -> list[Prompt]:
-    open_ones = [index for index, prompt in enumerate(prompts) if not prompt.response]
-    answers = generate(
-        model,
-        tokenizer,
-        [prompts[index] for index in open_ones],
-        batch_size=batch_size,
-        max_length=max_length,
-        chat_template=chat_template,
-        description="the model's own answers",
-        share=share,
-    )
-    for index, answer in zip(open_ones, answers, strict=True):
-        prompts[index] = replace(prompts[index], response=answer)
-    answered = [prompt for prompt in prompts if prompt.response]
-    if not answered:
-        raise PromptError(
-            "The model answers every prompt with nothing, and the method reads answers. Give rows "
-            "with a `response`, or use a method that reads prompts only (contrast, attribution)."
-        )
-    return answered
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
-
-
 def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
     for side, prompts in sides.items():
         if not prompts:
@@ -390,22 +364,9 @@ def _check_sides(sides: Mapping[Side, Sequence[Prompt]]) -> None:
         )
 
 
-def _calibration(sides: Mapping[Side, Sequence[Prompt]]) -> dict[str, Any]:
-    return {
-        side: {"count": len(prompts), "sha256": prompts_hash(prompts)}
-        for side, prompts in sides.items()
-    }
-
-
 def _same(harmful: Sequence[Prompt], benign: Sequence[Prompt]) -> bool:
     """Whether the same is asked; images are opened only where the texts do not tell."""
     if {prompt.text for prompt in harmful} != {prompt.text for prompt in benign}:
         return False
     either = ({json.dumps(prompt.record) for prompt in side} for side in (harmful, benign))
     return next(either) == next(either)
-
-
-def prompts_hash(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of all that is said and shown; images count by their pixels, which are not kept."""
-    rows = [[p.record, p.response] for p in prompts]
-    return sha256(json.dumps(rows, sort_keys=True).encode())

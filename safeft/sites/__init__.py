@@ -12,7 +12,7 @@ against the model's own forward pass (``tests/test_families.py``); any other is 
 guess would freeze the wrong weights in silence.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from safeft.errors import UnsupportedModelError
 from safeft.shards import shape_of
 from safeft.sites.layouts import Where, attention_of, has, mlp_of, mlps_of
+from safeft.sites.linears import Linear, head_of, linears_in
 from safeft.sites.parts import TOWER_NAMES, Kind, Part, Site, TowerName
 from safeft.sites.tables import BLOCK, IN_BLOCK, PROJECTOR, PROJECTORS, TOWERS, WHOLES
 from safeft.sites.wrapped import bare, dense, is_quantised, plain_model, plain_name
@@ -29,6 +30,7 @@ __all__ = [
     "TOWER_NAMES",
     "WHOLES",
     "Kind",
+    "Linear",
     "Part",
     "Site",
     "TowerName",
@@ -36,6 +38,7 @@ __all__ = [
     "blocks_of",
     "check_type",
     "dense",
+    "find_linears",
     "find_sites",
     "in_blocks",
     "is_quantised",
@@ -87,6 +90,28 @@ def find_sites(model: nn.Module, kinds: tuple[Kind, ...] = ("mlp", "attention"))
     if "mlp" in kinds and _type_of(model) in WHOLES:
         sites += _projectors(model)
     return {site.name: site for site in sites}
+
+
+def find_linears(model: nn.Module, towers: Sequence[TowerName] = ("text",)) -> dict[str, Linear]:
+    """The linear layers in the blocks of some towers, and the head of the text, by weight.
+
+    What is stacked (experts) or is no linear layer (routers of some models) is not among them.
+
+    Raises:
+        UnsupportedModelError: The model type is not known here.
+
+    Example:
+        >>> find_linears(model)["model.layers.0.mlp.down_proj.weight"].features  # doctest: +SKIP
+        11008
+    """
+    model = plain_model(model)
+    found: list[Linear] = []
+    for path, _, block, model_type, _ in _blocks(model):
+        if TOWERS[model_type].name in towers:
+            found += linears_in(path, block)
+    if "text" in towers:
+        found += head_of(model)
+    return {linear.name: linear for linear in found}
 
 
 def unaddressed(model: nn.Module, sites: Mapping[str, Site]) -> list[str]:
