@@ -44,11 +44,11 @@ def refusal_margin(openings: Sequence[Tensor]) -> Tensor:
         openings: :func:`opening_likelihood` of each; none may be the start of another.
 
     Returns:
-        ``(prompts,)`` float64, at most 27.6: within 1e-12 of certainty all are alike.
+        ``(prompts,)``, of their dtype, at most 27.6: within 1e-12 of certainty all are alike.
 
     Example:
         >>> refusal_margin([torch.tensor([0.25]).log(), torch.tensor([0.5]).log()]).exp()
-        tensor([3.0000])
+        tensor([3.])
     """
     likely = torch.stack(list(openings)).logsumexp(0).clamp(max=-_LEAST)
     return likely - torch.log(-torch.expm1(likely))

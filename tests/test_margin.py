@@ -1,11 +1,13 @@
 """The refusal margin against a sum over all answers, and where probabilities saturate."""
 
+import doctest
 import math
 from itertools import product
 
 import pytest
 import torch
 
+import safeft.margin
 from safeft.locators import AttributionFitter
 from safeft.margin import opening_likelihood, refusal_margin
 from safeft.sites import find_sites
@@ -49,3 +51,7 @@ def test_it_stays_finite_and_tells_apart_what_float32_could_not() -> None:
     assert margin(20.0) == pytest.approx(20, abs=1e-4)
     assert margin(-80.0) == pytest.approx(-80, abs=1e-4)
     assert margin(500.0) == margin(80.0) == pytest.approx(27.63, abs=0.01)
+
+
+def test_examples_run() -> None:
+    assert doctest.testmod(safeft.margin).failed == 0
