@@ -3,15 +3,23 @@
 from collections.abc import Sequence
 
 from safeft.commands.loading import on_any_device
+from safeft.commands.monitoring import MonitorArguments
 from safeft.commands.parsing import parse
 from safeft.commands.training import SafetyArguments, run
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Every ``trl sft`` YAML works; the keys of ``SafetyArguments`` come on top."""
+    """Every ``trl sft`` YAML works; safeft's own keys come on top."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-    kinds = (SafetyArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    kinds = (
+        SafetyArguments,
+        MonitorArguments,
+        ScriptArguments,
+        SFTConfig,
+        ModelConfig,
+        DatasetMixtureConfig,
+    )
     return run(
         SFTTrainer,
         *parse(kinds, on_any_device(arguments), "sft", "TRL's sft, with neurons frozen."),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from safeft.commands.monitoring import MonitorArguments, monitor_from
 from safeft.errors import ConfigError, SafeftError
 
 logger = logging.getLogger(__name__)
@@ -221,6 +222,7 @@ def resume_point(training: Any, protecting: bool) -> str | bool | None:
 def run(
     trainer_class: Any,
     safety: SafetyArguments,
+    monitor: MonitorArguments,
     script: Any,
     training: Any,
     model: Any,
@@ -232,6 +234,8 @@ def run(
     from safeft.processes import leave
 
     protecting = callbacks(safety)
+    watched = next((callback.neurons for callback in protecting), None)
+    watching = monitor_from(monitor, watched)
     data = datasets_of(script, mixture, safety)
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -261,7 +265,7 @@ def run(
             ),
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
-            callbacks=protecting,
+            callbacks=[*watching, *protecting],
         )
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         if isinstance(error, SafeftError):
@@ -269,6 +273,7 @@ def run(
         raise ConfigError(f"The trainer cannot be built from these settings: {error}") from error
     trainer.train(resume_from_checkpoint=resume_point(training, bool(protecting)))
     trainer.save_model(training.output_dir)
+    trainer.save_state()  # The losses, which `safeft report` shows.
     if trainer.accelerator.is_main_process:
         print(f"Saved to {training.output_dir}")
         for callback in protecting:
