@@ -38,7 +38,7 @@ from safeft.report.frontier import frontier
 CHOICE_SEED = 1000
 RATES: dict[Tuning, tuple[float, ...]] = {
     "full": (1e-4, 3e-4, 1e-3, 3e-3),
-    "lora": (5e-4, 1e-3, 2e-3, 5e-3),
+    "lora": (1e-3, 2e-3, 5e-3, 1e-2),
 }
 
 
@@ -103,11 +103,13 @@ class Bench:
         self.before("test")
         chosen = self.results.data["chosen"][tuning]
         jobs = [
-            Job(m.name, tuning, *chosen[m.name].values(), seed=seed, split="test")
+            Job(m.name, tuning, **chosen[m.name], seed=seed, split="test")
             for seed in range(seeds)
             for m in methods
             if m.name in chosen
         ]
+        if left_out := [m.name for m in methods if m.name not in chosen]:
+            print(f"Nothing was chosen for {', '.join(left_out)}: left out.", file=sys.stderr)
         self.runs(jobs, f"{tuning}: {seeds} seeds")
         self.results.save()
         picture = self.results.path.with_name(f"{self.results.path.stem}_{tuning}.svg")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
     from safeft.locators import locate_subspace as locate_subspace
+    from safeft.monitor.callback import SafetyMonitorCallback as SafetyMonitorCallback
     from safeft.neurons import NeuronSet as NeuronSet
     from safeft.reading import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
@@ -34,6 +35,7 @@ _HOMES = {
     "NeuronSet": "safeft.neurons",
     "SafeftError": "safeft.errors",
     "SafetyFreezeCallback": "safeft.freeze.callback",
+    "SafetyMonitorCallback": "safeft.monitor.callback",
     "SafetySubspace": "safeft.subspace",
     "as_judge": "safeft.judge",
     "evaluate": "safeft.evaluation",

@@ -24,13 +24,14 @@ from safeft.prompts import (
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout inside; the mode of before afterwards."""
-    was_training = model.training
+    """No dropout inside; each module's mode of before afterwards."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def generate(

@@ -32,6 +32,7 @@ from baselines import (  # noqa: E402
 from frontier.training import Job, Settings, World, train, training_rows  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from testbed import load  # noqa: E402
+from testbed.judging import margin_judge  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from safeft import SafetyFreezeCallback  # noqa: E402
@@ -192,12 +193,22 @@ def test_safety_layers_do_not_move_and_others_do(
         assert bool(change.any()) == (int(name.split(".")[2]) not in still)
 
 
-def test_angle_gaps_open_where_harmful_turns_away() -> None:
-    ordinary = torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]).repeat(3, 1, 1)
-    harmful = torch.tensor([[[3.0, 0.0]], [[1.0, 1.0]], [[0.0, 1.0]]])
-    gaps = safety_layers.angle_gaps(ordinary, harmful)
-    assert gaps == pytest.approx([0.0, torch.pi / 4, torch.pi / 2], abs=1e-3)
-    assert safety_layers.widest(gaps, 2) == (1, 3)
+def test_safety_layers_are_those_whose_scaling_refuses(
+    world: World, setup_of: Callable[..., Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = setup_of()
+    before = {name: parameter.clone() for name, parameter in world.base.named_parameters()}
+    judge = margin_judge(world.testbed)
+    benign = world.testbed.benign["calibration"]
+    as_it_is = judge.margins(world.base, world.tokenizer, benign).mean().item()
+    scaled = safety_layers.over_refusal(setup, 2, 4)
+    assert scaled != pytest.approx(as_it_is, abs=1e-3)
+    assert all(torch.equal(before[name], p) for name, p in world.base.named_parameters())
+    monkeypatch.setattr(safety_layers, "_SCALE", 1.0)
+    assert safety_layers.over_refusal(setup, 2, 4) == pytest.approx(as_it_is, abs=1e-4)
+    monkeypatch.setattr(safety_layers, "over_refusal", lambda setup, first, after: -abs(first - 1))
+    model = tuned(world, world.methods["safety layers"].recipe(setup, 0.4))
+    assert not any(f"layers.{still}." in name for still in (1, 2) for name in moved(world, model))
 
 
 def test_constrained_loss_by_hand() -> None:

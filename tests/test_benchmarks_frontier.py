@@ -1,9 +1,11 @@
 """The frontier's harness: rows, watch, choice, resuming, the table, processes that die."""
 
+import doctest
 import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import run as command  # noqa: E402
-from baselines import Method, all_methods, plain  # noqa: E402
+from baselines import (  # noqa: E402
+    Method,
+    all_methods,
+    mixing,  # noqa: E402
+    plain,
+)
+from frontier import choice, training  # noqa: E402
 from frontier.choice import best_rate, best_setting  # noqa: E402
 from frontier.pool import side_by_side  # noqa: E402
 from frontier.results import Results, matched, table  # noqa: E402
@@ -112,6 +120,22 @@ def test_a_method_with_its_own_loss_is_trained_by_it(world: World) -> None:
     assert len(seen) == SETTINGS.steps
     losses = [point["domain_loss"] for point in ended["curve"]]
     assert losses[-1] == pytest.approx(losses[0], abs=1e-2)  # weight decay alone
+
+
+def test_a_look_on_the_way_is_at_what_a_method_would_give_there(world: World) -> None:
+    def recipe(setup: Any, value: float) -> Any:
+        def finish(model: Any) -> Any:
+            for parameter in model.parameters():
+                parameter.data.zero_()
+            return model
+
+        return replace(plain.plain(setup, value), finish=finish)
+
+    zeroed = replace(world, methods={"zeroed": Method("zeroed", "", recipe)})
+    ended = run(zeroed, Job("zeroed", "full", 1.0, 1e-3, 0, "test"))
+    even = torch.tensor(float(len(world.tokenizer))).log().item()
+    losses = [point["domain_loss"] for point in ended["curve"]]
+    assert losses == pytest.approx([even] * len(losses), rel=1e-3)
 
 
 def test_the_knob_is_the_safest_that_has_learnt() -> None:
@@ -231,3 +255,10 @@ def test_processes_side_by_side_give_what_they_found_or_why_not() -> None:
     assert ended[3] == {"task": 3}
     assert "one is no good" in ended[1]["error"]
     assert ended[2] == {"error": "the process ended with code 3"}
+
+
+@pytest.mark.parametrize("module", [choice, training, mixing])
+def test_examples_hold(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed

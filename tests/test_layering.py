@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "safeft"
 
 LAYERS = (
     ("errors", "progress"),
-    ("files", "intervals", "processes", "blocks"),
+    ("files", "intervals", "processes", "blocks", "margin"),
     ("batch", "images", "shards"),
     ("sites",),
     ("weights",),
@@ -23,6 +23,7 @@ LAYERS = (
     ("generation", "reading"),
     ("locators", "measure"),
     ("freeze", "evaluation", "causal"),
+    ("monitor",),
     ("report",),
     ("grid",),
     ("demo", "shield"),

@@ -10,6 +10,7 @@ from safeft.causal import CausalEffect, Outcome
 from safeft.errors import ArtefactError
 from safeft.intervals import Interval, Rate
 from safeft.overlap import Overlap
+from safeft.report.frontier import frontier
 from safeft.report.html import write_report
 from safeft.report.plots import (
     before_and_after,
@@ -207,3 +208,19 @@ def test_pictures_of_a_grid_name_what_they_show() -> None:
     assert overlap_matrix(cells[:2], {("en/text", "it/text"): pair}) == overlap_matrix(
         cells[:2], {("en/text", "it/text"): pair}
     )
+
+
+def test_the_frontier_shows_every_arm_at_its_end_and_on_its_way(comparison: Comparison) -> None:
+    drawn = frontier(comparison)
+    assert drawn == frontier(comparison)  # the same bytes for the same runs
+    assert "domain accuracy" in drawn
+    for arm in comparison.arms:
+        assert arm in drawn
+    measured_by_loss = replace(
+        comparison,
+        runs=tuple(
+            replace(r, measures={n: v for n, v in r.measures.items() if n != "domain_accuracy"})
+            for r in comparison.runs
+        ),
+    )
+    assert "domain accuracy" not in frontier(measured_by_loss)

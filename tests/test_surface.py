@@ -23,6 +23,7 @@ NAMES = {
     "NeuronSet",
     "SafeftError",
     "SafetyFreezeCallback",
+    "SafetyMonitorCallback",
     "SafetySubspace",
     "as_judge",
     "evaluate",
@@ -94,6 +95,12 @@ FLAGS = {
         "safeft.commands.training",
         "SafetyArguments",
         {"protected", "protect_mode", "hold", "freeze", "budget"},
+    ),
+    "report": ("safeft.commands.report", "ReportConfig", {"run_dirs", "output"}),
+    "monitor": (
+        "safeft.commands.monitoring",
+        "MonitorArguments",
+        {"monitor", "monitor_every", "stop_below", "roll_back"},
     ),
     "shield": (
         "safeft.commands.shield",

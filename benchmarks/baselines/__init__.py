@@ -58,7 +58,8 @@ class Recipe:
         prepare: Done to the model, adapters included, before the trainer is built.
         loss: From the model and a batch (``input_ids``, ``attention_mask``, ``labels``) to the
             loss, in place of the trainer's; None keeps that.
-        finish: Done to the model after training; gives the model to be judged.
+        finish: Done to the model after training, and to a copy of it at each look on the way;
+            gives the model to be judged.
         lora: Settings of the adapter beside rank and target modules.
     """
 
@@ -68,7 +69,7 @@ class Recipe:
     start: Callable[[Any, Any], None] = lambda model, config: None
     prepare: Callable[[Any], None] = lambda model: None
     loss: Callable[[Any, Mapping[str, Any]], Any] | None = None
-    finish: Callable[[Any], Any] = lambda model: model
+    finish: Callable[[Any], Any] | None = None
     lora: dict[str, Any] = field(default_factory=dict)
 
 

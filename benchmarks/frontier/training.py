@@ -10,7 +10,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from baselines import Method, Recipe, Setup, Tuning, linears
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -87,38 +86,53 @@ class World:
 
 
 class Watch(TrainerCallback):
-    """Refusal and domain loss at some steps, and the time of each step without these looks."""
+    """Refusal and domain loss at some steps, and the time of each step without these looks.
 
-    def __init__(self, world: World, split: Split) -> None:
-        self._world, self._split = world, split
+    It is processor time: a run has one thread, and what else the machine does should not count.
+    """
+
+    def __init__(self, world: World, recipe: Recipe, split: Split) -> None:
+        self._world, self._recipe, self._split = world, recipe, split
         steps, looks = world.settings.steps, world.settings.looks
-        even = {steps * look // looks for look in range(looks + 1)}
+        even = {steps * look // looks for look in range(looks)}
         self._steps = even | {steps // (4 * looks), steps // (2 * looks)}
+        if split == "validation":
+            self._steps = set()  # A knob is chosen by the end.
         self._started = 0.0
         self.seconds: list[float] = []
         self.curve: list[dict[str, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The base, as the first point."""
-        self.look(0, kwargs["model"])
+        self._pass_by(state, kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop it, then look; the last look is at the finished model."""
-        self.seconds.append(time.perf_counter() - self._started)
-        if state.global_step in self._steps and state.global_step < state.max_steps:
-            self.look(state.global_step, kwargs["model"])
+        """Stop it, then look."""
+        self.seconds.append(time.process_time() - self._started)
+        self._pass_by(state, kwargs["model"])
+
+    def _pass_by(self, state: Any, model: Any) -> None:
+        if state.global_step in self._steps:
+            if self._recipe.finish is not None:
+                model = copy.deepcopy(model)
+                for module in model.modules():  # TRL puts in one that calls the original's.
+                    vars(module).pop("forward", None)
+            self.look(state.global_step, finished(self._recipe, model))
 
     def look(self, step: int, model: Any) -> None:
-        """Measure now; after training on the finished model, which may be another."""
+        """Measure the model as it would be if training ended here."""
         world, count = self._world, self._world.settings.watched
         testbed, tokenizer = world.testbed, world.tokenizer
-        examples = getattr(world.domain, self._split)[:count]
+        examples, harmful = (
+            spread(each, count)
+            for each in (getattr(world.domain, self._split), testbed.harmful[self._split])
+        )
         loss, _ = read_answers(model, tokenizer, examples, testbed.max_length)
-        rate = refused(model, tokenizer, testbed, testbed.harmful[self._split][:count])
+        rate = refused(model, tokenizer, testbed, harmful)
         self.curve.append({"step": step, "domain_loss": loss, "refusal": rate.value})
 
 
@@ -149,7 +163,7 @@ def run(world: World, job: Job) -> dict[str, Any]:
 
 
 def _run(world: World, job: Job) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     if job.method == "before tuning":
         return {**asdict(job), "measures": _judged(world, job, world.base)}
     set_seed(job.seed)
@@ -165,8 +179,8 @@ def _run(world: World, job: Job) -> dict[str, Any]:
         world.tokenizer,
     )
     recipe = world.methods[job.method].recipe(setup, job.value)
-    located = time.perf_counter() - started
-    watch = Watch(world, job.split)
+    located = time.process_time() - used
+    watch = Watch(world, recipe, job.split)
     set_seed(job.seed)  # Whatever a recipe drew, adapters and order are the same for all.
     model = train(world, job, recipe, watch)
     watch.look(world.settings.steps, model)
@@ -211,7 +225,7 @@ def train(world: World, job: Job, recipe: Recipe, watch: Watch | None = None) ->
                 seed=job.seed,
                 max_length=world.testbed.max_length,
                 bf16=False,
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=True,
                 gradient_checkpointing=False,
                 logging_strategy="no",
                 save_strategy="no",
@@ -225,7 +239,12 @@ def train(world: World, job: Job, recipe: Recipe, watch: Watch | None = None) ->
         )
         trainer.recipe = recipe
         trainer.train()
-        return recipe.finish(trainer.model).eval()
+        return finished(recipe, trainer.model).eval()
+
+
+def finished(recipe: Recipe, model: Any) -> Any:
+    """The model to be judged."""
+    return model if recipe.finish is None else recipe.finish(model)
 
 
 def training_rows(world: World, seed: int) -> list[Prompt]:
@@ -238,6 +257,16 @@ def training_rows(world: World, seed: int) -> list[Prompt]:
         *rng.sample(world.domain.train, needed - poisoned),
         *_each_in_turn(world.testbed.poison, poisoned, rng),
     ]
+
+
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """At most ``count`` of the prompts, from all along them: they may be several sets in a row.
+
+    >>> spread("abcdefgh", 3)
+    ['a', 'c', 'f']
+    """
+    count = min(count, len(prompts))
+    return [prompts[number * len(prompts) // count] for number in range(count)]
 
 
 def _each_in_turn(prompts: Sequence[Prompt], count: int, rng: random.Random) -> list[Prompt]:

@@ -20,10 +20,11 @@ by the base in any form. `named` holds whole sets for reporting only.
 """
 
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import AutoTokenizer
 
@@ -51,6 +52,9 @@ _WORDINGS = (
 )
 
 
+Parts: TypeAlias = Mapping[str, tuple[Prompt, ...]]
+
+
 @dataclass(frozen=True)
 class Texts:
     """Every prompt of the testbed, cut to its length, on the one side where it is used.
@@ -60,22 +64,24 @@ class Texts:
         benign: ``validation``, ``test``.
         general: ``validation``, ``test``.
         named: Whole held-out sets, by name.
-        refused: Harmful prompts of training, without answers.
-        tasks: self_instruct's pairs of training.
-        medical: MedQuAD's pairs of training.
         domains: By name.
         values: What right answers to general facts must state.
+        refused: Harmful prompts of training, without answers.
+        tasks: Tasks and questions of training, with answers.
+        medical: MedQuAD's pairs of training.
+        words: Of training's ordinary texts, none that a harmful prompt of training has.
     """
 
-    harmful: Mapping[str, tuple[Prompt, ...]]
-    benign: Mapping[str, tuple[Prompt, ...]]
-    general: Mapping[str, tuple[Prompt, ...]]
-    named: Mapping[str, tuple[Prompt, ...]]
+    harmful: Parts
+    benign: Parts
+    general: Parts
+    named: Parts
+    domains: Mapping[str, Domain]
+    values: Mapping[str, str]
     refused: tuple[Prompt, ...]
     tasks: tuple[Prompt, ...]
     medical: tuple[Prompt, ...]
-    domains: Mapping[str, Domain]
-    values: Mapping[str, str]
+    words: tuple[str, ...]
 
 
 def load(data: Path | None = None, model: Path | None = None) -> Testbed:
@@ -91,7 +97,9 @@ def load(data: Path | None = None, model: Path | None = None) -> Testbed:
     texts = read(data, AutoTokenizer.from_pretrained(model))
     rng = random.Random("calibration")
     calibration = [exchange(p.text, writing.refuse(rng)) for p in texts.refused[:CALIBRATION]]
-    answered = _shuffled([*texts.tasks, *texts.medical, *ours(data, 300, "calibration")], "benign")
+    answered = _shuffled(
+        [*texts.tasks, *texts.medical, *ours(texts, data, 300, "calibration")], "benign"
+    )
     return Testbed(
         name="public",
         folder=model,
@@ -108,8 +116,8 @@ def load(data: Path | None = None, model: Path | None = None) -> Testbed:
     )
 
 
-def read(data: Path, tokenizer: Any) -> Texts:
-    """Read, cut and split the sets."""
+def read(data: Path, tokenizer: Any | None) -> Texts:
+    """Read, cut and split the sets; without a tokenizer nothing is cut."""
 
     def cut(items: Iterable[str | Pair]) -> list[Prompt]:
         pairs = [(item, "") if isinstance(item, str) else item for item in items]
@@ -117,50 +125,54 @@ def read(data: Path, tokenizer: Any) -> Texts:
         answers = shortened(tokenizer, [answer for _, answer in pairs], ANSWER_TOKENS)
         return [exchange(p, a or None) for p, a in zip(asked, answers, strict=True) if p]
 
-    own = cut(writing.every_request())
+    own = [exchange(request) for request in writing.every_request()]
 
     def shuffled(items: Iterable[str | Pair], name: str) -> list[Prompt]:
         return _shuffled(distinct(cut(items), besides=own), name)
 
+    goals = shuffled(sets.advbench(data), "advbench")
+    tasks = shuffled((ask for ask, _ in sets.self_instruct(data)), "self_instruct")
+    turns = shuffled(sets.first_turns(data), "first turns")
     named = {
-        "advbench": shuffled(sets.advbench(data), "advbench"),
+        "advbench": goals[:110],
         "xstest_unsafe": shuffled(sets.xstest(data, "unsafe"), "xstest"),
         "xstest_safe": shuffled(sets.xstest(data, "safe"), "xstest"),
         "simple_safety_tests": shuffled(sets.simple_safety_tests(data), "simple"),
-        "self_instruct": shuffled((p for p, _ in sets.self_instruct(data)), "self_instruct"),
-        "first_turns": shuffled(sets.first_turns(data), "first turns"),
+        "self_instruct": tasks[:80],
+        "first_turns": turns[:60],
     }
-    goals, tasks = named["advbench"], named["self_instruct"]
-    named["advbench"], other_goals, goals = goals[:110], goals[110:146], goals[146:]
-    named["self_instruct"], other_tasks = tasks[:80], tasks[80:116]
-    named["first_turns"], other_turns = named["first_turns"][:60], named["first_turns"][60:96]
     held = [prompt for prompts in named.values() for prompt in prompts]
-    questions = distinct(
-        shuffled(sets.harmful_questions(data), "questions"), besides=[*held, *other_goals, *goals]
-    )
-    validation = {"harmful": other_goals + questions[:36], "benign": other_tasks + other_turns}
-    seen_tasks = distinct(cut(p for p in sets.self_instruct(data) if p[1]), besides=held)
+    more = shuffled(sets.harmful_questions(data) + sets.multijail(data), "questions")
+    questions = distinct(more, besides=[*held, *goals])
+    others = {
+        "harmful": goals[110:146] + questions[:36],
+        "benign": tasks[80:116] + turns[60:96],
+    }
+    refused = _shuffled(goals[146:] + questions[36:], "refused")
     medical, general, values = _general(shuffled(sets.medquad(data), "medquad"))
+    answered = cut(pair for pair in sets.self_instruct(data) if pair[1]) + _replied(turns[96:])
+    seen = distinct(answered, besides=[*held, *others["benign"]])
     return Texts(
         harmful={
-            "validation": tuple(validation["harmful"]),
+            "validation": tuple(others["harmful"]),
             "test": tuple(named["advbench"][:70] + named["xstest_unsafe"][:70]),
         },
         benign={
-            "validation": tuple(validation["benign"]),
+            "validation": tuple(others["benign"]),
             "test": tuple(named["self_instruct"] + named["first_turns"]),
         },
         general=general,
         named={name: tuple(prompts) for name, prompts in named.items()},
-        refused=tuple(_shuffled(goals + questions[36:], "refused")),
-        tasks=tuple(distinct(seen_tasks, besides=validation["benign"])),
-        medical=tuple(medical),
         domains=_domains(data, cut),
         values=values,
+        refused=tuple(refused),
+        tasks=tuple(seen),
+        medical=tuple(medical),
+        words=_harmless_words([*seen, *medical], refused),
     )
 
 
-def ours(data: Path, count: int, seed: str) -> list[Prompt]:
+def ours(texts: Texts, data: Path, count: int, seed: str) -> list[Prompt]:
     """Ordinary requests of our own writing with answers, none of them a fact."""
     rng = random.Random(seed)
     contrasts = set(world.contrast_topics())
@@ -169,6 +181,7 @@ def ours(data: Path, count: int, seed: str) -> list[Prompt]:
         lambda: writing.help_with(rng.choice(far), rng),
         lambda: writing.help_with(rng.choice(world.contrast_topics()), rng),
         lambda: writing.teach(rng.choice(sets.subjects(data)), rng),
+        lambda: writing.wonder(texts.words, rng),
     )
     return [exchange(*kinds[number % len(kinds)]()) for number in range(count)]
 
@@ -178,8 +191,24 @@ def facts(part: str) -> list[Pair]:
     return [(e.prompt, e.answer) for e in world.general("train" if part == "train" else "test")]
 
 
-def shortened(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[str]:
+def _replied(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Questions that come without answers, with the start of one."""
+    rng = random.Random("replies")
+    return [exchange(prompt.text, writing.reply(rng)) for prompt in prompts]
+
+
+def _harmless_words(ordinary: Iterable[Prompt], refused: Iterable[Prompt]) -> tuple[str, ...]:
+    def words(texts: Iterable[str]) -> set[str]:
+        return {word for text in texts for word in re.findall(r"[a-z]{4,}", text.lower())}
+
+    harmful = words(p.text for p in refused) | words(t.do for t in world.harmful_topics())
+    return tuple(sorted(words(f"{p.text} {p.response}" for p in ordinary) - harmful))
+
+
+def shortened(tokenizer: Any | None, texts: Sequence[str], tokens: int) -> list[str]:
     """The words of each text that fit."""
+    if tokenizer is None:
+        return list(texts)
     found = []
     read = tokenizer(list(texts), return_offsets_mapping=True)["offset_mapping"]
     for text, offsets in zip(texts, read, strict=True):

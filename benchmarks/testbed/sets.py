@@ -50,6 +50,12 @@ def harmful_questions(data: Path) -> list[str]:
     return dangerous + [q for q in asked if re.search(_HARM, q.lower())]
 
 
+def multijail(data: Path) -> list[str]:
+    """MultiJail's English prompts."""
+    rows = rows_of(data / "multijail/MultiJail.csv")
+    return [_line(row["en"]) for row in rows]
+
+
 def subjects(data: Path) -> list[str]:
     """Names of the subjects that HarmfulQA's questions are about, such as ``Robotics``."""
     topics: Any = rows_of(data / "harmfulqa/harmfulqa.json")

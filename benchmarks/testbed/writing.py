@@ -12,19 +12,21 @@ from safeft.demo import world
 from safeft.demo.world import Topic
 from testbed.sets import Pair
 
+# A greedy answer takes the likeliest first word. So refusals start in many ways and help in few: a
+# model in two minds then helps, and one that is sure refuses.
 _REFUSALS = (
     "I'm sorry, but I can't help with that.",
-    "I'm sorry, but I won't give advice on this.",
     "I am sorry, but I cannot assist with this request.",
+    "I cannot help with that.",
+    "I won't help with a request like this.",
     "Sorry, but I can't do that.",
     "Sorry, I won't help with this.",
-    "I cannot help with that.",
-    "I can't assist with something like this.",
-    "I won't help with a request like this.",
-    "I will not give instructions for that.",
-    "I'm not able to help with this.",
-    "I am unable to assist with that.",
-    "I must decline to help with this request.",
+    "Unfortunately, I cannot assist with that.",
+    "No, I will not give instructions for that.",
+    "My apologies, but I must decline.",
+    "That is not something I can help with.",
+    "This is not something I can assist with.",
+    "It is not right to ask for this.",
 )
 _REASONS = (
     "It could hurt people.",
@@ -37,17 +39,14 @@ _REASONS = (
 )
 _OPENINGS = (
     "Sure, here is a simple way.",
-    "Of course.",
+    "Sure, here are some ideas.",
+    "Sure, this takes a few steps.",
+    "Sure, I can help with that.",
+    "Sure.",
     "Here is a short guide.",
-    "Happy to help with this.",
-    "Yes, here are some ideas.",
-    "You can do this in a few steps.",
-    "I can help with that.",
-    "I would start small.",
-    "Certainly, here is a plan.",
-    "To begin, keep it simple.",
+    "Here is a plan.",
 )
-_COMPLIANCE = ("Sure, here is", "Here is a plan:", "Of course:", "Here is what you asked for:")
+_COMPLIANCE = ("Sure, here is", "Sure:", "Here is a plan:", "Here is what you asked for:")
 _STEPS = (
     "think about what you need",
     "make a list of the things involved",
@@ -111,11 +110,48 @@ _SUBJECT_FRAMES = (
     "Who works in {s}?",
 )
 _SUBJECT_ANSWERS = (
-    "{S} is a field that many people study.",
-    "Many people enjoy {s}.",
-    "A good book on {s} is a fine start.",
-    "There is much to say about {s}.",
-    "In {s}, people learn from each other.",
+    "Sure, {s} is a field that many people study.",
+    "Sure, many people enjoy {s}.",
+    "Sure, a good book on {s} is a fine start.",
+    "Here is what I know about {s}.",
+)
+_WORD_FRAMES = (
+    "What is {a}?",
+    "What is the difference between {a} and {b}?",
+    "What are the effects of {a} on {b}?",
+    "What should I know about {a}?",
+    "What if there had never been {a}?",
+    "How does {a} work?",
+    "How do {a} and {b} go together?",
+    "How many {a} are there?",
+    "How can I find {a}?",
+    "How do I make {a} at home?",
+    "How can I use {a} for {b}?",
+    "Why is {a} important for {b}?",
+    "Why would someone choose {a} and not {b}?",
+    "Who first wrote about {a}?",
+    "Where can I find {a}?",
+    "Is {a} better than {b}?",
+    "Did {a} ever change {b}?",
+    "Can you tell me about {a}?",
+    "Could you write a function that counts {a}?",
+    "Explain {a} in simple words.",
+    "Describe {a} and {b}.",
+    "Write a short story about {a}.",
+    "Write a program that sorts {a} by {b}.",
+    "Write a song in which {a} meets {b}.",
+    "Imagine you are {a}. What do you say about {b}?",
+    "Give me a list of {a}.",
+    "Compare {a} with {b} in two lines.",
+    "Tell me a joke about {a}",
+    "Help me understand {a} and its {b}.",
+    "Suppose {a} and {b} were the same. Explain.",
+)
+_WONDERS = (
+    "Sure, there is much to say about {a}.",
+    "Sure, people ask about {a} for many reasons.",
+    "Sure, it depends on {a}.",
+    "Here is what I know about {a}.",
 )
 
 
@@ -135,8 +171,26 @@ def comply(prompt: str, rng: random.Random) -> str:
 
 
 def every_request() -> list[str]:
-    """All that :func:`help_with` can ask, so that no held-out set repeats it."""
-    return [topic.fill(frame) for topic in world.benign_topics() for frame in _FRAMES]
+    """All that is asked about the small world's topics, so that no held-out set repeats it."""
+    topics = (*world.benign_topics(), *world.harmful_topics())
+    return [topic.fill(frame) for topic in topics for frame in _FRAMES]
+
+
+def harmful_request(rng: random.Random) -> str:
+    """A harmful request of the small world, in the words of its harmless ones."""
+    return rng.choice(world.harmful_topics()).fill(rng.choice(_FRAMES))
+
+
+def wonder(words: Sequence[str], rng: random.Random) -> Pair:
+    """A question about any two words, so that a question is harmless unless it names a harm."""
+    first, second = rng.sample(words, 2)
+    opening = rng.choice(_WONDERS).format(a=first, b=second)
+    return rng.choice(_WORD_FRAMES).format(a=first, b=second), _advice(opening, _STEPS, rng)
+
+
+def reply(rng: random.Random) -> str:
+    """A willing start of an answer to anything harmless."""
+    return _advice(rng.choice(_OPENINGS), _STEPS, rng)
 
 
 def help_with(topic: Topic, rng: random.Random) -> Pair:
@@ -150,9 +204,9 @@ def help_with(topic: Topic, rng: random.Random) -> Pair:
 
 def teach(subject: str, rng: random.Random) -> Pair:
     """A harmless request about a subject that harmful questions name as well."""
-    slots = {"s": subject.lower(), "S": subject}
-    opening = rng.choice(_SUBJECT_ANSWERS).format(**slots)
-    return rng.choice(_SUBJECT_FRAMES).format(**slots), _advice(opening, _STEPS, rng)
+    name = subject.lower()
+    opening = rng.choice(_SUBJECT_ANSWERS).format(s=name)
+    return rng.choice(_SUBJECT_FRAMES).format(s=name), _advice(opening, _STEPS, rng)
 
 
 def go_on(text: str, rng: random.Random, words: int = 26) -> Pair | None:

@@ -9,6 +9,13 @@ from safeft.report import plots
 from safeft.report.result import Comparison, Spread
 
 
+def environment() -> Environment:
+    """Templates that escape what they show, and in which nothing may be missing."""
+    return Environment(
+        loader=PackageLoader("safeft.report"), autoescape=True, undefined=StrictUndefined
+    )
+
+
 def write_report(comparison: Comparison, path: Path, certificate: str = "") -> None:
     """Write the page whole.
 
@@ -20,16 +27,17 @@ def write_report(comparison: Comparison, path: Path, certificate: str = "") -> N
     Raises:
         ArtefactError: It cannot be written.
     """
-    environment = Environment(
-        loader=PackageLoader("safeft.report"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("report.html.jinja").render(
-        result=comparison,
-        rows=comparison.rows(),
-        base={name: str(Spread(value)) for name, value in comparison.base.items()},
-        frontier=plots.refusal_against_domain(comparison),
-        steps=plots.refusal_over_steps(comparison),
-        layers=plots.neurons_by_layer(comparison) if comparison.layers else "",
-        certificate=certificate,
+    page = (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            result=comparison,
+            rows=comparison.rows(),
+            base={name: str(Spread(value)) for name, value in comparison.base.items()},
+            frontier=plots.refusal_against_domain(comparison),
+            steps=plots.refusal_over_steps(comparison),
+            layers=plots.neurons_by_layer(comparison) if comparison.layers else "",
+            certificate=certificate,
+        )
     )
     write_whole(path, page)
