@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -242,6 +243,15 @@ def test_all_tokens_it_was_found_on_are_known(tokens: Any) -> None:
     (tilde,) = tiny_tokenizer()("~")["input_ids"]
     assert tilde not in found.tokens
     assert 0 not in found.tokens  # padding
+
+
+def test_an_adapter_that_does_nothing_yet_changes_nothing() -> None:
+    config = LoraConfig(target_modules=["q_proj", "down_proj", "lm_head"])
+    one, other = locate(), locate(get_peft_model(tiny_model(), config))
+    assert one.readers == other.readers
+    for weight in one.readers:
+        assert_same_span(one.basis(weight), other.basis(weight), 2e-3)
+    other.check_model(tiny_model())
 
 
 def test_the_model_is_left_as_it_was() -> None:
