@@ -201,6 +201,19 @@ def test_tokens_that_cannot_be_held_are_refused() -> None:
         planned(tied, with_tokens(tied, 3), hold=("tokens",))
 
 
+def test_by_default_the_embeddings_of_other_tokens_learn_where_the_head_does_not_read_them() -> (
+    None
+):
+    model, tied = model_of(), model_of(tie_word_embeddings=True)
+    plan = planned(model, with_tokens(model, 3, 70))
+    assert [hold.entries.tolist() for hold in plan.holds] == [[3, 70]]
+    assert names(plan)["whole"] == norms_of(model)
+    assert names(plan)["loose"] == set()
+    plan = planned(tied, with_tokens(tied, 3, 70))
+    assert plan.holds == ()
+    assert EMBEDDINGS in names(plan)["whole"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_hold_to_the_bit_in_training_and_in_verify(dtype: Any, tmp_path: Path) -> None:
     model = model_of(dtype)
@@ -216,7 +229,8 @@ def test_tokens_hold_to_the_bit_in_training_and_in_verify(dtype: Any, tmp_path: 
     trainer.save_model(str(tmp_path / "tuned"))
     hold = ("tokens", "norms")
     assert verify(tmp_path / "base", tmp_path / "tuned", span, hold=hold).exact
-    assert not verify(tmp_path / "base", tmp_path / "tuned", span).exact
+    whole = ("embeddings", "norms")
+    assert not verify(tmp_path / "base", tmp_path / "tuned", span, hold=whole).exact
     with torch.no_grad():
         now[149, 3] += 1
     (violation,) = verify(tmp_path / "base", model, span, hold=hold).violations

@@ -141,6 +141,10 @@ def test_products_with_held_directions_stay_and_the_rest_moves(case: Case, tmp_p
         assert free > (1e-3 if name in targeted else -1), name
     rest = {n: p for n, p in base.items() if n not in targeted}
     assert len(rest) == (6 if case.tuning == "full" else 7)
+    embeddings, kept = rest.pop("model.embed_tokens.weight"), located().tokens
+    moved = (embeddings != now["model.embed_tokens.weight"].to(embeddings.dtype)).any(1)
+    assert not moved[kept].any()
+    assert moved.any() == (case.tuning == "full")  # tokens that the subspace was not found on
     assert all(torch.equal(p, now[n].to(p.dtype)) for n, p in rest.items())
     certificate = callback.certificate
     assert certificate.exact
@@ -156,8 +160,8 @@ def test_products_with_held_directions_stay_and_the_rest_moves(case: Case, tmp_p
     assert verdict.exact, verdict.summary()
     if case.neurons:
         masks = frozen_entries(base, LARGE, "freeze")
-        kept = {n: p.to(base[n].dtype) for n, p in now.items()}
-        assert changed_frozen(base, kept, masks) == []
+        cast = {n: p.to(base[n].dtype) for n, p in now.items()}
+        assert changed_frozen(base, cast, masks) == []
     del trainer, callback
     gc.collect()
 
