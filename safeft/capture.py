@@ -43,7 +43,10 @@ class Seen:
         if chosen is None:
             return self.values.flatten(0, -2)
         chosen = chosen.to(self.values.device)
-        return self.values[chosen if self.places is None else chosen.flatten()[self.places]]
+        if self.places is not None:
+            return self.values[chosen.flatten()[self.places]]
+        # Some layers (OPT's, experts' shared ones) receive prompts and tokens as one axis.
+        return self.values.reshape(*chosen.shape, self.values.shape[-1])[chosen]
 
     def spread(self, chosen: Tensor) -> Tensor:
         """The values at all chosen tokens, ``(samples, features)``; zero where routed elsewhere."""

@@ -248,3 +248,10 @@ def test_a_site_that_is_not_there_cannot_be_silenced() -> None:
 
 def test_examples_run() -> None:
     assert doctest.testmod(safeft.capture).failed == 0
+
+
+def test_prompts_and_tokens_may_come_as_one_axis() -> None:
+    values = torch.arange(24.0).view(2, 3, 4)
+    chosen = torch.tensor([[True, False, True], [False, True, False]])
+    assert torch.equal(Seen(values).at(chosen), values[chosen])
+    assert torch.equal(Seen(values.flatten(0, 1)).at(chosen), values[chosen])

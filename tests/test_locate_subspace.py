@@ -531,6 +531,30 @@ def test_the_command_writes_what_the_function_finds(place: Path, tmp_path: Path,
     assert len(medians) == 9
 
 
+def test_the_command_takes_refusals_from_a_column(place: Path, tmp_path: Path) -> None:
+    assert command(place, tmp_path / "span", rank_share="0.2", response_column="response") == 0
+    found = SafetySubspace.from_pretrained(tmp_path / "span")
+    wanted = locate(prompts=MANY, rank_share=0.2)
+    for weight in wanted.readers:
+        assert_same_span(found.basis(weight), wanted.basis(weight), 2e-3)
+    assert found.source["calibration"] == wanted.source["calibration"]
+
+
+def test_logits_of_every_token_are_computed_only_where_the_head_is_held() -> None:
+    for tied, asked in ((True, {1}), (False, {0})):
+        model = tiny_model(tie_word_embeddings=tied)
+        kept: set[int] = set()
+        run = model.forward
+
+        def forward(*args: Any, run: Any = run, kept: set[int] = kept, **settings: Any) -> Any:
+            kept.add(settings["logits_to_keep"])
+            return run(*args, **settings)
+
+        model.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+        assert ("lm_head.weight" in locate(model, prompts=PAIRS).readers) is not tied
+        assert kept == asked
+
+
 def test_the_command_says_when_coverage_is_unknown(place: Path, tmp_path: Path, capsys) -> None:
     assert command(place, tmp_path / "span", harmful=str(place / "few.jsonl")) == 0
     assert "coverage is unknown" in capsys.readouterr().out

@@ -50,6 +50,10 @@ class LocateConfig:
     memory: float | None = field(
         default=None, metadata={"help": "Of `subspace`: GiB that holding may take, in float32."}
     )
+    response_column: str | None = field(
+        default=None,
+        metadata={"help": "Of `subspace`: column with refusals; by default the model's own."},
+    )
     tokens: Literal["all", "prompt", "response"] = field(
         default="all", metadata={"help": "Of `subspace`: which tokens are read."}
     )
@@ -133,9 +137,9 @@ def main(arguments: Sequence[str]) -> int:
         Selection(**amount)  # Says what is wrong before a model is loaded.
     sizes = group_sizes(config)
     check_keys(config)
-    harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
     if config.method == "subspace":
-        return _locate_subspace(config, harmful)
+        return _locate_subspace(config)
+    harmful = read_prompts(config.harmful, config.harmful_column)[: config.limit]
     assert config.benign is not None
     benign = read_prompts(config.benign, config.benign_column)[: config.limit]
     sides = parted(harmful, benign)
@@ -190,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-_OF_SUBSPACE = ("energy", "rank_share", "memory", "at_once")
+_OF_SUBSPACE = ("energy", "rank_share", "memory", "at_once", "response_column")
 _OF_NEURONS = (
     "benign", "benign_column", "fraction", "count", "threshold", "scope", "utility_fraction",
     "openings", "scu", "ucu", "ru",
@@ -228,10 +232,15 @@ def is_default(config: LocateConfig, name: str) -> bool:
     return getattr(config, name) == usual
 
 
-def _locate_subspace(config: LocateConfig, harmful: Any) -> int:
+def _locate_subspace(config: LocateConfig) -> int:
     from safeft.locators import locate_subspace
     from safeft.processes import leave, rank, together
+    from safeft.reading import read_examples, read_prompts
 
+    if config.response_column is None:
+        harmful = read_prompts(config.harmful, config.harmful_column)
+    else:
+        harmful = read_examples(config.harmful, config.harmful_column, config.response_column)
     template = read_template(config.chat_template_path)
     join_processes()
     model, tokenizer = load_model(
@@ -241,7 +250,7 @@ def _locate_subspace(config: LocateConfig, harmful: Any) -> int:
     subspace = locate_subspace(
         model,
         tokenizer,
-        harmful,
+        harmful[: config.limit],
         energy=config.energy,
         rank_share=config.rank_share,
         memory=config.memory,

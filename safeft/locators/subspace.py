@@ -171,7 +171,7 @@ class SubspaceFitter:
             self.readers[linear.name] = inlet
 
         with receiving(self._model, self._linears.values(), observe):
-            forward(self._model, batch, keep_logits=0)
+            forward(self._model, batch, keep_logits=all_or_one(self._model, self._linears))
 
     @property
     def inlets(self) -> dict[str, Linear]:
@@ -207,8 +207,9 @@ class SubspaceFitter:
             self.sums[inlet] = self.sums[inlet] + gram if inlet in self.sums else gram
             self.counts[inlet] = self.counts.get(inlet, 0) + len(units)
 
-        with receiving(self._model, [layers[inlet] for inlet in inlets], observe):
-            forward(self._model, batch, keep_logits=0)
+        read = {inlet: layers[inlet] for inlet in inlets}
+        with receiving(self._model, read.values(), observe):
+            forward(self._model, batch, keep_logits=all_or_one(self._model, read))
 
     @torch.no_grad()
     def directions(self, amount: Amount) -> dict[str, Tensor]:
@@ -380,7 +381,7 @@ class _Reading:
                 left[subspace.readers[linear.name]].append(outside.cpu())
 
             with receiving(self._model, [linears[name] for name in first.values()], observe):
-                forward(self._model, batch, keep_logits=0)
+                forward(self._model, batch, keep_logits=all_or_one(self._model, linears))
         if self._share:
             parts = gathered((ids, left))
             ids = [part for theirs, _ in parts for part in theirs]
@@ -397,6 +398,13 @@ class _Reading:
             "worst": round(float(residuals[worst]), 4),
             "worst_token": str(tokenizer_of(self._tokenizer).decode([int(ids[worst])])),
         }
+
+
+def all_or_one(model: PreTrainedModel, linears: Mapping[str, Linear]) -> int:
+    """For how many tokens to compute logits: all (0) only where the head's input is read."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    paths = {path for path, module in plain_model(model).named_modules() if module is head}
+    return 0 if any(linear.module in paths for linear in linears.values()) else 1
 
 
 def chosen_tokens(batch: Batch, tokens: Tokens) -> Tensor:
