@@ -149,7 +149,7 @@ def test_without_the_pin_weight_decay_moves_neurons_and_every_process_says_so(ru
     _, _, reports = run
     for dtype in ("float32", "bfloat16"):
         for report in reports[f"full-{dtype}-1-no-pin"]:
-            assert "FreezeError: The frozen neurons are not bit-identical" in report["error"]
+            assert "FreezeError: What is held is not where the base has it" in report["error"]
         # Decay of an adapter's zeros is zero: LoRA needs no pin, which is why it may stay exact.
         for report in reports[f"lora-{dtype}-1-no-pin"]:
             assert report["error"] is None

@@ -90,7 +90,7 @@ def test_without_the_pin_the_directions_drift_and_every_process_says_so(run: Any
     _, reports = run
     for name in ("unpinned", "unpinned-lora"):
         for report in reports[name]:
-            assert "FreezeError: The frozen neurons are not" in report["error"]
+            assert "FreezeError: What is held is not" in report["error"]
             assert "W U changed by" in report["error"]
 
 

@@ -149,9 +149,9 @@ def demand_exact(certificate: Certificate, when: str) -> None:
     """
     if not certificate.exact:
         raise FreezeError(
-            f"The frozen neurons are not bit-identical to the base {when}:\n"
+            f"What is held is not where the base has it {when}:\n"
             f"{certificate.summary()}\n"
             "Something else writes to these weights: another callback, a merge, an averaging of "
             "weights, or a checkpoint from before they were frozen (load_best_model_at_end). Do "
-            "not use this model as one whose safety neurons were kept."
+            "not use this model as one whose safety was held."
         )
