@@ -23,7 +23,6 @@ CELLS = [
     Cell("both-lora", "lora", set="small", span=0.25),
     Cell("kept", set=None, span=0.25, settings=SAVE | {"max_steps": 2}),
     Cell("resumed", set=None, span=0.25, resume="kept/run/checkpoint-2", settings={"max_steps": 4}),
-    Cell("hundred", set=None, span=0.25, settings={"max_steps": 100, "learning_rate": 1e-3}),
     Cell("unpinned", set=None, span=0.25, broken="span"),
     Cell("unpinned-lora", "lora", set=None, span=0.25, broken="span"),
     Cell("turned", family="gpt2", set=None, span=0.25),
@@ -32,7 +31,7 @@ CELLS = [
 LIMITS = {"float32": 1e-6, "bfloat16": 0.02}
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=[e for e in ENGINES if e != "zero1"])  # cut as zero2 is
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     engine = request.param
     if engine.startswith("zero"):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("monitor_worker.py")
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", "zero3"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     engine = request.param
     if engine.startswith("zero"):
