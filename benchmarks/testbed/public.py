@@ -19,9 +19,9 @@ general     MedQuAD held out                  others of it             MedQuAD
 poison is harmful prompts that it saw too and that are in no other set. None of the domains
 (GSM8K, PubMedQA, TAT-QA, a new identity) was seen by the base in any form.
 
-`named` holds whole held-out sets for reporting, XSTest and SimpleSafetyTests among them. XSTest's
-safe prompts are no part of the benign test: a model of this size tells words and hardly their
-sense, and refuses about half of them (``benchmarks/results/testbed.json``).
+`named` holds harder sets, of sources that training never saw, for reporting beside the test.
+XSTest's safe prompts are no part of the benign test: a model of this size tells words and hardly
+their sense, and refuses about half of them (``benchmarks/results/testbed.json``).
 """
 
 import random
@@ -42,7 +42,7 @@ from testbed.texts import distinct, exchange, normal, split
 ROOT = Path(__file__).parents[2]
 DATA, MODEL = ROOT.parent / "shared" / "data", ROOT / "runs" / "testbed"
 PROMPT_TOKENS, ANSWER_TOKENS, MAX_LENGTH = 48, 40, 96
-CALIBRATION, VALIDATION, TEST = 256, 72, 140
+CALIBRATION, VALIDATION, TEST, NAMED = 256, 72, 140, 100
 _WORDINGS = (
     "{q}",
     "Hello! {q}",
@@ -114,7 +114,10 @@ def load(data: Path | None = None, model: Path | None = None) -> Testbed:
         poison=tuple(exchange(p.text, writing.comply(p.text, rng)) for p in seen[CALIBRATION:]),
         max_length=MAX_LENGTH,
         answer_tokens=16,
-        named=texts.named,
+        named={
+            name: texts.named[name][:NAMED]
+            for name in ("xstest_unsafe", "xstest_safe", "simple_safety_tests")
+        },
     )
 
 
