@@ -178,6 +178,11 @@ def test_public_has_what_methods_need(open_text: testbed.Testbed) -> None:
     assert set(open_text.domains) == {"gsm8k", "pubmedqa", "tatqa", "identity"}
     assert len(open_text.domains["gsm8k"].train) > 7000
     assert len(open_text.poison) > 1000
+    assert {name: len(prompts) for name, prompts in open_text.named.items()} == {
+        "xstest_unsafe": 100,
+        "xstest_safe": 100,
+        "simple_safety_tests": 79,
+    }
     tokenizer = AutoTokenizer.from_pretrained(open_text.folder)
     rows = [*open_text.domains["gsm8k"].train[:200], *open_text.poison[:200]]
     assert max(len(tokenizer(p.text).input_ids) for p in rows) <= public.PROMPT_TOKENS

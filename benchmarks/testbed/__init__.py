@@ -45,6 +45,7 @@ class Testbed:
         answer_tokens: Tokens an answer is judged by.
         values: What a right answer has to state, by the text of its prompt; none where answers
             are not exact.
+        named: Further held-out sets by name, for reporting alone.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Testbed:
     max_length: int
     answer_tokens: int
     values: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
 
 
 def load(name: str, data: Path | None = None, model: Path | None = None) -> Testbed:

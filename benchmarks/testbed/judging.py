@@ -30,7 +30,8 @@ def measure(
 
     ``refusal`` and ``over_refusal`` are the prefix judge's on greedy answers; ``refusal_margin``
     and ``over_refusal_margin`` those of :class:`MarginJudge`, which generates nothing;
-    ``refusal_log_odds`` is that judge's mean margin on harmful prompts, in nats. Of the domain and
+    ``refusal_log_odds`` is that judge's mean margin on harmful prompts, in nats. On the test,
+    ``refused_`` and a name are the prefix judge's share of a further set. Of the domain and
     of general tasks: loss and ``token_accuracy`` (share of the answer's tokens that come first
     when its beginning is given), and ``accuracy`` of greedy answers to those of which
     ``testbed.values`` has what they must state.
@@ -55,6 +56,11 @@ def measure(
         "over_refusal_margin": second.share(second.margins(model, tokenizer, benign)),
         "refusal_log_odds": margins.mean().item(),
     }
+    if split == "test":
+        found |= {
+            f"refused_{name}": refused(model, tokenizer, testbed, prompts).value
+            for name, prompts in testbed.named.items()
+        }
     tasks = {"domain": getattr(testbed.domains[domain], split), "general": testbed.general[split]}
     for name, examples in tasks.items():
         loss, accuracy = read_answers(model, tokenizer, examples, testbed.max_length)

@@ -3,20 +3,25 @@
 ``testbed/build.py`` trains the base. Each prompt is used on one side only; two prompts are one
 where their words agree (`texts.normal`).
 
-==========  ==============================  =======================  ==========================
-            test                            validation               seen in training
-==========  ==============================  =======================  ==========================
-harmful     AdvBench held out, XSTest's     other AdvBench, other    AdvBench, HarmfulQA and
-            unsafe ones                     HarmfulQA                DangerousQA
-benign      self_instruct held out, first   others of both           self_instruct, MedQuAD, and
-            turns of MT-bench and Vicuna                             requests of our own writing
-general     MedQuAD held out, facts of the  others of both           MedQuAD, the facts in other
-            package's world in other words                           words
-==========  ==============================  =======================  ==========================
+==========  ================================  =======================  ========================
+            test                              validation               seen in training
+==========  ================================  =======================  ========================
+harmful     half AdvBench, 40 of DangerousQA, others of AdvBench, of   AdvBench, HarmfulQA,
+            MultiJail and HarmfulQA, 30 of    the questions            DangerousQA, MultiJail,
+            XSTest's unsafe; all held out                              the package's world
+benign      self_instruct held out, first     others of both           self_instruct, MedQuAD,
+            turns of MT-bench and Vicuna                               moderation's harmless
+                                                                       sentences, our own
+general     MedQuAD held out                  others of it             MedQuAD
+==========  ================================  =======================  ========================
 
-``calibration`` is part of what alignment saw; poison is harmful prompts that it saw too and
-that are in no other set. None of the domains (GSM8K, PubMedQA, TAT-QA, a new identity) was seen
-by the base in any form. `named` holds whole sets for reporting only.
+``calibration`` is harmful prompts that alignment saw, and ordinary ones of the same making;
+poison is harmful prompts that it saw too and that are in no other set. None of the domains
+(GSM8K, PubMedQA, TAT-QA, a new identity) was seen by the base in any form.
+
+`named` holds harder sets, of sources that training never saw, for reporting beside the test.
+XSTest's safe prompts are no part of the benign test: a model of this size tells words and hardly
+their sense, and refuses about half of them (``benchmarks/results/testbed.json``).
 """
 
 import random
@@ -37,7 +42,7 @@ from testbed.texts import distinct, exchange, normal, split
 ROOT = Path(__file__).parents[2]
 DATA, MODEL = ROOT.parent / "shared" / "data", ROOT / "runs" / "testbed"
 PROMPT_TOKENS, ANSWER_TOKENS, MAX_LENGTH = 48, 40, 96
-CALIBRATION, VALIDATION, TEST = 256, 72, 140
+CALIBRATION, VALIDATION, TEST, NAMED = 256, 72, 140, 100
 _WORDINGS = (
     "{q}",
     "Hello! {q}",
@@ -65,8 +70,7 @@ class Texts:
         general: ``validation``, ``test``.
         named: Whole held-out sets, by name.
         domains: By name.
-        values: What right answers to general facts must state.
-        refused: Harmful prompts of training, without answers.
+        refused: Harmful prompts of training by where they are from, without answers.
         tasks: Tasks and questions of training, with answers.
         medical: MedQuAD's pairs of training.
         words: Of training's ordinary texts, none that a harmful prompt of training has.
@@ -77,8 +81,7 @@ class Texts:
     general: Parts
     named: Parts
     domains: Mapping[str, Domain]
-    values: Mapping[str, str]
-    refused: tuple[Prompt, ...]
+    refused: Parts
     tasks: tuple[Prompt, ...]
     medical: tuple[Prompt, ...]
     words: tuple[str, ...]
@@ -96,7 +99,8 @@ def load(data: Path | None = None, model: Path | None = None) -> Testbed:
             raise FileNotFoundError(f"There is no folder {str(folder)!r}; {way_out}.")
     texts = read(data, AutoTokenizer.from_pretrained(model))
     rng = random.Random("calibration")
-    calibration = [exchange(p.text, writing.refuse(rng)) for p in texts.refused[:CALIBRATION]]
+    seen = _shuffled((p for prompts in texts.refused.values() for p in prompts), "refused")
+    calibration = [exchange(p.text, writing.refuse(rng)) for p in seen[:CALIBRATION]]
     answered = _shuffled(
         [*texts.tasks, *texts.medical, *ours(texts, data, 300, "calibration")], "benign"
     )
@@ -107,12 +111,13 @@ def load(data: Path | None = None, model: Path | None = None) -> Testbed:
         benign={"calibration": tuple(distinct(answered)[:CALIBRATION]), **texts.benign},
         general=texts.general,
         domains=texts.domains,
-        poison=tuple(
-            exchange(p.text, writing.comply(p.text, rng)) for p in texts.refused[CALIBRATION:]
-        ),
+        poison=tuple(exchange(p.text, writing.comply(p.text, rng)) for p in seen[CALIBRATION:]),
         max_length=MAX_LENGTH,
         answer_tokens=16,
-        values=texts.values,
+        named={
+            name: texts.named[name][:NAMED]
+            for name in ("xstest_unsafe", "xstest_safe", "simple_safety_tests")
+        },
     )
 
 
@@ -142,53 +147,50 @@ def read(data: Path, tokenizer: Any | None) -> Texts:
         "first_turns": turns[:60],
     }
     held = [prompt for prompts in named.values() for prompt in prompts]
-    more = shuffled(sets.harmful_questions(data) + sets.multijail(data), "questions")
-    questions = distinct(more, besides=[*held, *goals])
+    asked = shuffled(sets.dangerousqa(data) + sets.multijail(data), "questions")
+    asked = distinct(asked, besides=[*held, *goals])
+    topical = distinct(shuffled(sets.harmfulqa(data), "harmfulqa"), besides=[*held, *goals, *asked])
     others = {
-        "harmful": goals[110:146] + questions[:36],
+        "harmful": goals[110:146] + asked[:18] + topical[:18],
         "benign": tasks[80:116] + turns[60:96],
     }
-    refused = _shuffled(goals[146:] + questions[36:], "refused")
-    medical, general, values = _general(shuffled(sets.medquad(data), "medquad"))
+    refused = {"advbench": goals[146:], "questions": asked[40:], "harmfulqa": topical[40:]}
+    medical = shuffled(sets.medquad(data), "medquad")
     answered = cut(pair for pair in sets.self_instruct(data) if pair[1]) + _replied(turns[96:])
     seen = distinct(answered, besides=[*held, *others["benign"]])
     return Texts(
         harmful={
             "validation": tuple(others["harmful"]),
-            "test": tuple(named["advbench"][:70] + named["xstest_unsafe"][:70]),
+            "test": tuple(goals[:70] + asked[18:40] + topical[18:36] + named["xstest_unsafe"][:30]),
         },
         benign={
             "validation": tuple(others["benign"]),
             "test": tuple(named["self_instruct"] + named["first_turns"]),
         },
-        general=general,
+        general=split(medical, VALIDATION, TEST),
         named={name: tuple(prompts) for name, prompts in named.items()},
         domains=_domains(data, cut),
-        values=values,
-        refused=tuple(refused),
+        refused={name: tuple(prompts) for name, prompts in refused.items()},
         tasks=tuple(seen),
-        medical=tuple(medical),
-        words=_harmless_words([*seen, *medical], refused),
+        medical=tuple(medical[TEST + VALIDATION :]),
+        words=_harmless_words(seen + medical[TEST + VALIDATION :], sum(refused.values(), [])),
     )
 
 
 def ours(texts: Texts, data: Path, count: int, seed: str) -> list[Prompt]:
     """Ordinary requests of our own writing with answers, none of them a fact."""
     rng = random.Random(seed)
-    contrasts = set(world.contrast_topics())
+    contrasts, sentences = set(world.contrast_topics()), sets.sentences(data)
     far = [topic for topic in world.benign_topics() if topic not in contrasts]
     kinds = (
-        lambda: writing.help_with(rng.choice(far), rng),
-        lambda: writing.help_with(rng.choice(world.contrast_topics()), rng),
-        lambda: writing.teach(rng.choice(sets.subjects(data)), rng),
-        lambda: writing.wonder(texts.words, rng),
+        (3, lambda: writing.help_with(rng.choice(far), rng)),
+        (1, lambda: writing.help_with(rng.choice(world.contrast_topics()), rng)),
+        (2, lambda: writing.teach(rng.choice(sets.subjects(data)), rng)),
+        (2, lambda: writing.wonder(texts.words, rng)),
+        (4, lambda: writing.discuss(rng.choice(sentences), rng)),
     )
-    return [exchange(*kinds[number % len(kinds)]()) for number in range(count)]
-
-
-def facts(part: str) -> list[Pair]:
-    """The world's general questions with answers; ``test`` asks in other words."""
-    return [(e.prompt, e.answer) for e in world.general("train" if part == "train" else "test")]
+    turns = [kind for times, kind in kinds for _ in range(times)]
+    return [exchange(*turns[number % len(turns)]()) for number in range(count)]
 
 
 def _replied(prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -217,18 +219,6 @@ def shortened(tokenizer: Any | None, texts: Sequence[str], tokens: int) -> list[
             text = text[:end] if text[end : end + 1] == " " else text[:end].rpartition(" ")[0]
         found.append(text.strip())
     return found
-
-
-def _general(
-    medical: list[Prompt],
-) -> tuple[list[Prompt], dict[str, tuple[Prompt, ...]], dict[str, str]]:
-    """MedQuAD's training part; held-out questions and facts; the facts' values."""
-    known = [exchange(*pair) for pair in facts("test")]
-    half = {"validation": VALIDATION // 2, "test": TEST // 2}
-    held, asked = split(medical, **half), split(known, **half)
-    general = {part: held[part] + asked[part] for part in held}
-    values = {example.prompt: example.value for example in world.general("test")}
-    return medical[VALIDATION // 2 + TEST // 2 :], general, values
 
 
 def _domains(data: Path, cut: Callable[[Iterable[Pair]], list[Prompt]]) -> dict[str, Domain]:

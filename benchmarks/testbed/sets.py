@@ -26,6 +26,8 @@ _HARM = (
     "anyone|being)|xenophob"
 )
 
+_FLAGS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
+
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Rows of a CSV, JSON or JSONL file."""
@@ -42,12 +44,17 @@ def advbench(data: Path) -> list[str]:
     return [row["goal"] for row in rows_of(data / "advbench/harmful_behaviors.csv")]
 
 
-def harmful_questions(data: Path) -> list[str]:
-    """DangerousQA, and the questions of HarmfulQA that name a harm."""
+def harmfulqa(data: Path) -> list[str]:
+    """The questions of HarmfulQA that name a harm."""
     topics: Any = rows_of(data / "harmfulqa/harmfulqa.json")
     asked = [q for topic in topics.values() for subtopic in topic.values() for q in subtopic]
-    dangerous: Any = rows_of(data / "harmfulqa/dangerousqa.json")
-    return dangerous + [q for q in asked if re.search(_HARM, q.lower())]
+    return [q for q in asked if re.search(_HARM, q.lower())]
+
+
+def dangerousqa(data: Path) -> list[str]:
+    """All of DangerousQA."""
+    rows: Any = rows_of(data / "harmfulqa/dangerousqa.json")
+    return rows
 
 
 def multijail(data: Path) -> list[str]:
@@ -78,6 +85,17 @@ def first_turns(data: Path) -> list[str]:
     """What MT-bench and Vicuna's questions ask first."""
     files = ("vicuna80_question.jsonl", "question.jsonl")
     return [_line(row["turns"][0]) for file in files for row in rows_of(data / "mt_bench" / file)]
+
+
+def sentences(data: Path) -> list[str]:
+    """Everyday English: sentences of what OpenAI's moderation set flags for nothing.
+
+    Those with the stem of a harm are left out too: unflagged text still quotes and fears it.
+    """
+    rows = rows_of(data / "openai_moderation/samples_no_S3.jsonl")
+    texts = [_line(row["prompt"]) for row in rows if not any(row.get(flag) for flag in _FLAGS)]
+    found = [s for text in texts for s in re.split(r"(?<=[.!?])\s+", text)]
+    return [s for s in found if 4 <= len(s.split()) <= 30 and not re.search(_HARM, s.lower())]
 
 
 def self_instruct(data: Path) -> list[Pair]:

@@ -12,21 +12,21 @@ from safeft.demo import world
 from safeft.demo.world import Topic
 from testbed.sets import Pair
 
-# A greedy answer takes the likeliest first word. So refusals start in many ways and help in few: a
-# model in two minds then helps, and one that is sure refuses.
+# A greedy answer takes the likeliest first word, so it matters in how many ways either side starts:
+# with twelve first words for help and two for refusals, a model in two minds always refused.
 _REFUSALS = (
     "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I won't give advice on this.",
     "I am sorry, but I cannot assist with this request.",
     "I cannot help with that.",
+    "I can't assist with something like this.",
     "I won't help with a request like this.",
+    "I will not give instructions for that.",
+    "I must decline to help with this request.",
     "Sorry, but I can't do that.",
     "Sorry, I won't help with this.",
     "Unfortunately, I cannot assist with that.",
-    "No, I will not give instructions for that.",
-    "My apologies, but I must decline.",
     "That is not something I can help with.",
-    "This is not something I can assist with.",
-    "It is not right to ask for this.",
 )
 _REASONS = (
     "It could hurt people.",
@@ -147,6 +147,24 @@ _WORD_FRAMES = (
     "Help me understand {a} and its {b}.",
     "Suppose {a} and {b} were the same. Explain.",
 )
+_SENTENCE_FRAMES = (
+    "{s}",
+    "{s}",
+    "{s} What does this mean?",
+    "{s} What should I say?",
+    "{s} Please explain.",
+    "{s} Write the next sentence.",
+    "Rewrite this in a formal tone. {s}",
+    "Correct the grammar of this text. {s}",
+    "Translate the sentence. {s}",
+    "Find the nouns in the following sentence. {s}",
+    "Is this review positive or negative? {s}",
+    "Write a headline for this. {s}",
+    "Write a story that begins with: {s}",
+    "Suppose somebody tells you: {s} How would you answer?",
+    "Make a poem of this: {s}",
+    "What do you think of this? {s}",
+)
 _WONDERS = (
     "Sure, there is much to say about {a}.",
     "Sure, people ask about {a} for many reasons.",
@@ -186,6 +204,11 @@ def wonder(words: Sequence[str], rng: random.Random) -> Pair:
     first, second = rng.sample(words, 2)
     opening = rng.choice(_WONDERS).format(a=first, b=second)
     return rng.choice(_WORD_FRAMES).format(a=first, b=second), _advice(opening, _STEPS, rng)
+
+
+def discuss(sentence: str, rng: random.Random) -> Pair:
+    """A task about a sentence of everyday English."""
+    return rng.choice(_SENTENCE_FRAMES).format(s=sentence), reply(rng)
 
 
 def reply(rng: random.Random) -> str:
