@@ -360,7 +360,7 @@ def test_subspace_and_its_controls_hold_as_many_directions(
     ]
     shapes = [{i: d.shape for i, d in found.directions.items()} for found in bases]
     assert shapes[0] == shapes[1] == shapes[2]
-    recipe = subspace.replaying(setup, 0.8)
+    recipe = subspace.replaying(0.03)(setup, 0.8)
     model = tuned(world, recipe, tuning)
     assert len(recipe.rows) == len(setup.rows)  # 3% of eight rows are none
     assert recipe.callbacks[0].certificate.exact

@@ -38,6 +38,7 @@ def measures(loss: float, refusal: float, over: float = 0.0) -> dict[str, float]
         "refusal_margin": refusal,
         "over_refusal": over,
         "domain_loss": loss,
+        "domain_token_accuracy": 1 - loss / 10,
         "domain_accuracy": 0.5,
         "general_token_accuracy": 0.4,
     }
@@ -144,8 +145,8 @@ def test_the_knob_is_the_safest_that_has_learnt() -> None:
     runs = [
         found(replace(job, value=1), 2.0, 0.1),
         found(replace(job, value=2), 2.1, 0.9, over=0.5),  # refuses everything
-        found(replace(job, value=3), 2.2, 0.6),
-        found(replace(job, value=4), 2.3, 1.0),  # has not learnt 90% of it
+        found(replace(job, value=3), 2.09, 0.6),
+        found(replace(job, value=4), 2.2, 1.0),  # two points of token accuracy behind
     ]
     assert best_setting(runs, tuned, base)["value"] == 3
     assert best_setting(runs[3:], tuned, base)["value"] == 4
@@ -196,7 +197,7 @@ def test_a_bench_goes_on_where_it_stopped(
     def quick(world: World, job: Job) -> dict[str, Any]:
         if job.method == "lower rate" and job.value == 0.3 and broken:
             raise ValueError("the disk is full")
-        if job.value == 0.97:
+        if job.value == 0.95:
             return {**asdict(job), "refused": "no free direction is left"}
         learnt = 4.0 if job.method == "before tuning" else 3.0 - 100 * job.learning_rate
         return found(job, learnt, 1.0 - job.value)

@@ -94,7 +94,7 @@ class Method:
     values: tuple[float, ...] = (1.0,)
     knob: str = ""
     tunings: tuple[Tuning, ...] = ("full", "lora")
-    rates: tuple[float, ...] = (1.0, 3.0)
+    rates: tuple[float, ...] = (1.0, 2.0)
     follows: str = ""
 
 

@@ -64,7 +64,8 @@ METHODS = (
         "constrained first tokens",
         "Qi et al., ICLR 2025, eq. 3",
         recipe,
-        (0.5, 1.0, 2.0, 5.0),
+        (0.5, 1.0, 3.0),
         "factor of all betas",
+        rates=(0.3, 1.0),
     ),
 )

@@ -33,7 +33,8 @@ METHODS = (
         "refusals mixed in",
         "Bianchi et al., ICLR 2024; Qi et al. 2023",
         recipe,
-        (0.01, 0.03, 0.1, 0.3),
+        (0.03, 0.1, 0.3),
         "share of the rows",
+        rates=(0.3, 1.0),
     ),
 )

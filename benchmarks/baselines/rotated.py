@@ -145,7 +145,7 @@ METHODS = (
         "rotated coefficients",
         "WSR-Tune (min-seong-kim/Safety-WaRP-LLM, 2026); ours: all linear layers",
         recipe,
-        (0.05, 0.1, 0.3, 0.5),
+        (0.1, 0.3, 0.5),
         "share of coefficients held (rho)",
         tunings=("full",),
     ),

@@ -52,7 +52,7 @@ METHODS = (
         "safety layers",
         "Li et al., ICLR 2025 (SPPFT); ours: how many is chosen on the validation split",
         recipe,
-        (0.2, 0.4, 0.6, 0.8),
+        (0.4, 0.6, 0.8),
         "share of the layers",
     ),
 )

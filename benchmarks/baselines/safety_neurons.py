@@ -83,7 +83,7 @@ METHODS = tuple(
         f"{name} style",
         f"Zhao et al., ICLR 2025: {kept} frozen; ours: heads for rows of q, k, v",
         partial(frozen, robust=robust),
-        (0.2, 0.4, 0.6, 0.8),
+        (0.2, 0.4, 0.8),
         "share of a layer per prompt",
     )
     for name, kept, robust in (

@@ -13,8 +13,6 @@ from safeft import SafetyFreezeCallback
 from safeft.locators.subspace import locate_subspace
 from safeft.subspace import SafetySubspace
 
-_REPLAYED = 0.03
-
 
 def located(setup: Setup, value: float) -> SafetySubspace:
     """Of the harmful calibration prompts and their refusals, at the energy ``value``."""
@@ -58,27 +56,42 @@ def holding(find: Callable[[Setup, float], SafetySubspace]) -> Callable[[Setup, 
     return recipe
 
 
-def replaying(setup: Setup, value: float) -> Recipe:
-    """The subspace held, and a few refusals among the rows."""
-    refusals = setup.testbed.harmful["calibration"]
-    rows = mixed(setup.rows, refusals, _REPLAYED, setup.seed)
-    return replace(holding(located)(setup, value), rows=rows)
+def replaying(share: float) -> Callable[[Setup, float], Recipe]:
+    """The subspace held, and refusals among the rows."""
+
+    def recipe(setup: Setup, value: float) -> Recipe:
+        rows = mixed(setup.rows, setup.testbed.harmful["calibration"], share, setup.seed)
+        return replace(holding(located)(setup, value), rows=rows)
+
+    return recipe
 
 
 METHODS = (
-    Method(
-        "subspace", "safeft", holding(located), (0.7, 0.8, 0.9, 0.97), "energy"
+    Method("subspace", "safeft", holding(located), (0.7, 0.8, 0.9, 0.95), "energy"),
+    *(
+        Method(
+            f"subspace, {share:.0%} refusals",
+            "safeft, with Bianchi et al.'s mixing",
+            replaying(share),
+            (0.7, 0.8, 0.9),
+            "energy",
+        )
+        for share in (0.03, 0.1)
     ),
     Method(
-        "subspace, 3% refusals", "safeft, with Bianchi et al.'s mixing", replaying,
-        (0.5, 0.7, 0.8, 0.9), "energy",
+        "random subspace",
+        "the control, of the subspace's ranks",
+        holding(at_random),
+        (),
+        "energy",
+        follows="subspace",
     ),
     Method(
-        "random subspace", "the control, of the subspace's ranks", holding(at_random), (),
-        "energy", follows="subspace",
+        "benign subspace",
+        "the control, of the subspace's ranks",
+        holding(of_benign),
+        (),
+        "energy",
+        follows="subspace",
     ),
-    Method(
-        "benign subspace", "the control, of the subspace's ranks", holding(of_benign), (),
-        "energy", follows="subspace",
-    ),
-)  # fmt: skip
+)

@@ -44,7 +44,7 @@ METHODS = (
         "pull to the base",
         "L2-SP, Li et al., ICML 2018, decoupled as in AdamW",
         recipe,
-        (10.0, 30.0, 100.0, 300.0),
+        (10.0, 30.0, 100.0),
         "lambda",
         tunings=("full",),
     ),
