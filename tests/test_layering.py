@@ -23,7 +23,7 @@ LAYERS = (
     ("generation", "reading"),
     ("locators", "measure"),
     ("freeze", "evaluation", "causal"),
-    ("monitor",),
+    ("auditing", "monitor"),
     ("report",),
     ("grid",),
     ("demo", "shield"),
