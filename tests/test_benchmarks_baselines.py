@@ -28,6 +28,7 @@ from baselines import (  # noqa: E402
     safety_layers,
     safety_neurons,
     subspace,
+    variants,
 )
 from frontier.training import Job, Settings, World, train, training_rows  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
@@ -368,6 +369,57 @@ def test_subspace_and_its_controls_hold_as_many_directions(
         basis = bases[0].basis(f"{name}.weight")
         assert (change @ basis).norm() < 1e-4 * change.norm()
         assert change.norm() > 0
+
+
+def test_a_variant_changes_one_thing_of_the_subspace(setup_of: Callable[..., Setup]) -> None:
+    setup = setup_of("full")
+    whole = subspace.located(setup, 0.8)
+    ranks = {inlet: found.shape[1] for inlet, found in whole.directions.items()}
+    first = variants.of_layers(setup, 0.8, lambda inlet, block, blocks: block == 0)
+    for inlet, found in first.directions.items():
+        if ".layers.0." in inlet or "lm_head" in inlet:
+            assert torch.equal(found, whole.directions[inlet])
+        else:
+            assert found.shape[1] == 1
+    assert {found.shape[1] for found in first.directions.values()} > {1}
+    against = variants.against_domain(setup, 0.8)
+    for inlet, found in against.directions.items():
+        assert found.shape[1] == ranks[inlet]
+        gap = found.float().T @ found.float() - torch.eye(ranks[inlet])
+        assert gap.abs().max() < 1e-2  # kept in half precision
+    safety, domain = (
+        variants._grams(setup, rows) for rows in (setup.testbed.harmful["calibration"], setup.rows)
+    )
+
+    def contrast(directions: torch.Tensor, inlet: str) -> float:
+        found = directions.float()
+        return float(((safety[inlet] - domain[inlet]) @ found * found).sum())
+
+    for inlet, found in against.directions.items():
+        assert contrast(found, inlet) >= contrast(whole.directions[inlet], inlet) - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("all embeddings held", {"lm_head"}),
+        ("embeddings trained", {"lm_head", "embed_tokens"}),
+        ("norms trained", {"lm_head", "embed_tokens", "norm"}),
+        ("head held", {"embed_tokens"}),
+    ],
+)
+def test_a_variant_frees_or_holds_one_group(
+    world: World, setup_of: Callable[..., Setup], name: str, trained: set[str]
+) -> None:
+    model = tuned(world, world.methods[f"subspace: {name}"].recipe(setup_of(), 0.8))
+    found = moved(world, model)
+    groups = ("embed_tokens", "norm", "lm_head")
+    assert {group for group in groups if any(group in n for n in found)} == trained
+    base = dict(world.base.named_parameters())["model.embed_tokens.weight"]
+    now = dict(model.named_parameters())["model.embed_tokens.weight"]
+    whole = subspace.located(setup_of(), 0.8)
+    safe = now[whole.tokens] - base[whole.tokens]
+    assert bool(safe.any()) == (name == "embeddings trained")
 
 
 def test_every_method_says_where_it_is_from_and_applies_somewhere() -> None:

@@ -123,7 +123,7 @@ def all_methods() -> dict[str, Method]:
     """Every way to tune there is, by name, plain tuning first."""
     modules = (
         "plain", "neurons", "safety_neurons", "safety_layers", "safe_lora", "constrained",
-        "mixing", "rotated", "null_start", "to_base", "subspace",
+        "mixing", "rotated", "null_start", "to_base", "subspace", "variants",
     )  # fmt: skip
     found = [m for name in modules for m in import_module(f"baselines.{name}").METHODS]
     return {method.name: method for method in found}
