@@ -68,6 +68,9 @@ def replaying(share: float) -> Callable[[Setup, float], Recipe]:
 
 METHODS = (
     Method("subspace", "safeft", holding(located), (0.7, 0.8, 0.9, 0.95), "energy"),
+    Method(
+        "tight subspace", "safeft, for data not trusted", holding(located), (0.98, 0.995), "energy"
+    ),
     *(
         Method(
             f"subspace, {share:.0%} refusals",
