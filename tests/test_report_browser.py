@@ -61,8 +61,8 @@ PICTURES = """
 # What sticks out of the window, except in a box that scrolls by itself.
 OUTSIDE = """
 [...document.querySelectorAll('body *')].filter(element => {
-  const box = element.getBoundingClientRect();
-  return box.width && box.right > document.documentElement.clientWidth + 1 && !element.closest('.scroll');
+  const box = element.getBoundingClientRect(), window = document.documentElement.clientWidth;
+  return box.width && box.right > window + 1 && !element.closest('.scroll');
 }).map(element => element.outerHTML.slice(0, 80))
 """
 
@@ -119,8 +119,13 @@ def test_every_picture_is_painted(browser: Browser, pages: dict[str, Path], sche
     for box in found:
         assert box["width"] > 120, box
         assert box["height"] > 90, box
-        corner = (box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"])
-        colours = shot.crop(tuple(map(round, corner))).getcolors(1 << 24)
+        x, y, right, bottom = (
+            round(box["x"]),
+            round(box["y"]),
+            round(box["x"] + box["width"]),
+            round(box["y"] + box["height"]),
+        )
+        colours = shot.crop((x, y, right, bottom)).getcolors(1 << 24)
         assert colours is not None
         shares = sorted((count for count, _ in colours), reverse=True)
         # Paper, ink and at least one line: a blank box has one colour.

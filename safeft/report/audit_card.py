@@ -6,12 +6,11 @@ from safeft.auditing.result import AuditResult, Candidate, Side
 from safeft.report.audit_words import (
     HEADLINES,
     LIMITS,
-    REVEALED,
-    WITHHELD,
     data_sets,
     figures,
     intervention,
     place,
+    places,
     rules,
     sides,
 )
@@ -61,9 +60,9 @@ def audit_card(
     parts += [
         "### What the audit does not say",
         "\n".join(f"- {limit}" for limit in LIMITS),
-        REVEALED if result.revealed else WITHHELD,
+        places(result),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _tested(result: AuditResult) -> str:

@@ -9,14 +9,13 @@ from safeft.report.audit_pictures import pictures
 from safeft.report.audit_words import (
     HEADLINES,
     LIMITS,
-    REVEALED,
-    WITHHELD,
     Figure,
     damage,
     figures,
     intervention,
     left,
     place,
+    places,
     rules,
     sides,
 )
@@ -77,7 +76,7 @@ def audit_page(
             changes=_changes(before, result) if before is not None else [],
             settings=_rows(result.settings),
             limits=LIMITS,
-            places=REVEALED if result.revealed else WITHHELD,
+            places=places(result),
             certificate=certificate,
         )
     )

@@ -51,15 +51,12 @@ def pictures(result: AuditResult, before: AuditResult | None = None) -> dict[str
 def effect_by_layer(about: str, side: Side) -> str:
     """The strongest effect of each candidate at its layer, and what random neurons do there."""
     figure, axes = _figure(4.3)
-    controls: dict[int, list[float]] = {}
-    for each in side.controls:
-        controls.setdefault(each.neuron.depth, []).append(each.best.fall)
-    if controls:
-        lows, highs = ([f(falls) for falls in controls.values()] for f in (min, max))
-        heights = [max(high - low, 0.02) for low, high in zip(lows, highs, strict=True)]
-        axes.bar(
-            list(controls), heights, bottom=lows, width=0.8, color=_SOFT, alpha=0.45,
-            label=f"random neurons ({len(side.controls)}), their range", zorder=1,
+    falls = [each.best.fall for each in side.controls]
+    if falls:
+        axes.axhspan(min(falls), max(falls), color=_SOFT, alpha=0.18, linewidth=0, zorder=0)
+        axes.scatter(
+            [each.neuron.depth for each in side.controls], falls, s=10, color=_SOFT, linewidths=0,
+            label=f"random neurons ({len(falls)}) and their range", zorder=2,
         )  # fmt: skip
     depths = [each.neuron.depth for each in side.candidates]
     best = [each.best for each in side.candidates]
@@ -69,7 +66,7 @@ def effect_by_layer(about: str, side: Side) -> str:
     )  # fmt: skip
     axes.scatter(
         depths, [e.fall for e in best], s=14, color=_STRONG, linewidths=0, zorder=3,
-        label=f"candidates ({len(best)}), with intervals",
+        label=f"strongest neurons ({len(best)}), with intervals",
     )  # fmt: skip
     for each in _apart(side.candidates):
         axes.annotate(
@@ -88,7 +85,7 @@ def effect_by_layer(about: str, side: Side) -> str:
         f"Effect of single neurons on {about}, by layer",
         f"The strongest of {len(best)} candidates, {strongest.neuron.name} in layer "
         f"{strongest.neuron.depth}, lowers the margin by {strongest.best.fall:.2f} nats. "
-        + _controls_said(side.controls),
+        + _controls_said(falls),
     )
 
 
@@ -108,8 +105,7 @@ def _apart(candidates: Sequence[Candidate], names: int = 3) -> list[Candidate]:
     return named
 
 
-def _controls_said(controls: Sequence[Candidate]) -> str:
-    falls = [each.best.fall for each in controls]
+def _controls_said(falls: Sequence[float]) -> str:
     if not falls:
         return "No random neurons were tested."
     return f"Random neurons lower it by {min(falls):.2f} to {max(falls):.2f}."

@@ -155,7 +155,15 @@ def rules(thresholds: Thresholds, units: int) -> tuple[tuple[str, str], ...]:
             f"{together} ({thresholds.few:.1%} of the {units:,} searched) together do.",
         ),
         ("distributed", "None of the groups tried that small does."),
+        ("nothing to audit", "The untouched model refuses too few prompts for a fall to show."),
     )
+
+
+def places(result: AuditResult) -> str:
+    """What readers are told of where the neurons are; nothing where there are none."""
+    if not any(side.candidates for _, side in sides(result)):
+        return ""
+    return REVEALED if result.revealed else WITHHELD
 
 
 def place(neuron: Neuron) -> str:

@@ -17,7 +17,7 @@ from safeft import __version__
 from safeft.auditing.result import AuditResult
 from safeft.errors import ConfigError
 from safeft.neurons import NeuronSet
-from safeft.report.audit_words import LIMITS, REVEALED, WITHHELD, Figure, data_sets, figures
+from safeft.report.audit_words import LIMITS, Figure, data_sets, figures, places
 from safeft.report.certified import Certified
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -119,7 +119,7 @@ def _model(
                 "ethicalConsiderations": [
                     {
                         "name": "A map of the neurons that refusal rests on serves attackers too.",
-                        "mitigationStrategy": REVEALED if result.revealed else WITHHELD,
+                        "mitigationStrategy": places(result) or "No neuron is named.",
                     }
                 ],
             },
