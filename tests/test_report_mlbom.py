@@ -21,7 +21,7 @@ def problem(bill: dict[str, Any]) -> str:
     return "" if found is None else str(found)
 
 
-CERTIFICATE = Certified("safeft_certificate.json", "6" * 64, True, 0.25, 24, "7" * 64)
+CERTIFICATE = Certified("my certificate.json", "6" * 64, True, 0.25, 24, "7" * 64)
 
 
 @pytest.mark.parametrize("made", [audits.audit, audits.distributed, audits.nothing])

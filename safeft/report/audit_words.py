@@ -117,9 +117,15 @@ def figures(result: AuditResult) -> tuple[Figure, ...]:
                 "count",
             ),
             Figure(
-                "effective_neurons", "effective number of neurons", about, side.effective, "number"
+                "effective_neurons",
+                f"effective number of neurons of {about}",
+                about,
+                side.effective,
+                "number",
             ),
-            Figure("gini", "concentration (Gini: 1 is all in one)", about, side.gini, "number"),
+            Figure(
+                "gini", f"Gini index of {about} (1: all in one neuron)", about, side.gini, "number"
+            ),
         ]
     return tuple(found)
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from safeft import __version__
 from safeft.auditing.result import AuditResult
@@ -187,7 +188,7 @@ def _written(files: Mapping[str, str]) -> list[dict[str, Any]]:
 def _of_certificate(certificate: Certified) -> dict[str, Any]:
     return {
         "type": "attestation",
-        "url": certificate.name,
+        "url": quote(certificate.name),
         "comment": certificate.summary,
         "hashes": _hashes(certificate.sha256),
     }
