@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from frontier import markdown as frontier
+
 from safeft.report.plots import refusal_against_domain
 from safeft.report.result import Comparison, Spread
 

@@ -139,6 +139,20 @@ def test_a_look_on_the_way_is_at_what_a_method_would_give_there(world: World) ->
     assert losses == pytest.approx([even] * len(losses), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("method", "tuning", "value"),
+    [("rotated coefficients", "full", 0.3), ("Safe LoRA", "lora", 0.5)],
+)
+def test_a_look_on_the_way_leaves_training_as_it_was(
+    world: World, method: str, tuning: Any, value: float
+) -> None:
+    job = Job(method, tuning, value, 1e-3, 0, "test")
+    watched = run(world, job)
+    assert [point["step"] for point in watched["curve"]] == [0, 1, 2, 4]
+    unwatched = replace(world, settings=replace(SETTINGS, looks=1))
+    assert watched["measures"] == run(unwatched, job)["measures"]
+
+
 def test_the_knob_is_the_safest_that_has_learnt() -> None:
     base, tuned = measures(4.0, 1.0), measures(2.0, 0.0)
     job = Job("m", "full", 0.0, 1e-3, 0, "validation")
