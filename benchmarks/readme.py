@@ -10,13 +10,16 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from frontier import markdown as frontier
+from frontier.results import Results
+from frontier.training import Settings
 
-from safeft.report.plots import refusal_against_domain
+from safeft.report.frontier import frontier as picture
 from safeft.report.result import Comparison, Spread
 
 ROOT = Path(__file__).parents[1]
@@ -341,7 +344,7 @@ def frontier_whole_block() -> str:
     """Each table whole."""
     parts = []
     for data in frontiers():
-        for tuning in data["chosen"]:
+        for tuning in frontier.reported(data):
             title = f"{data['settings']['testbed']}, {data['settings']['domain']}, {tuning} tuning"
             parts.append(f"**{title}**\n\n{frontier.whole(data, tuning)}")
     return "\n\n".join(parts) + f"\n\n{frontiers()[0]['rule']}"
@@ -363,6 +366,18 @@ BLOCKS = {
 }
 
 
+PICTURED = ("plain", "located neurons", "lower rate", "refusals mixed in", "random subspace",
+            "subspace, 10% refusals", "subspace")  # fmt: skip
+
+
+def frontier_picture() -> str:
+    """Full tuning in the made-up world, a few of the ways."""
+    path = RESULTS / "frontier_demo_desk_0.json"
+    whole = Results(path, Settings(**load(path.name)["settings"]), "").comparison("full")
+    runs = tuple(run for name in PICTURED for run in whole.of(name))
+    return picture(replace(whole, title="", runs=runs))
+
+
 def filled(text: str) -> str:
     """The README with every marked block made anew."""
     for name, make in BLOCKS.items():
@@ -381,8 +396,7 @@ def main() -> int:
     given = parser.parse_args()
     readme = ROOT / "README.md"
     wanted = {readme: filled(readme.read_text())}
-    picture = refusal_against_domain(Comparison.load(RESULTS / "demo_wide.json"))
-    wanted[RESULTS / "demo.svg"] = picture + "\n"
+    wanted[RESULTS / "frontier.svg"] = frontier_picture() + "\n"
     # Another matplotlib may lay the picture out otherwise; the figures may not differ.
     if given.check:
         return int(readme.read_text() != wanted[readme])
