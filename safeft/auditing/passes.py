@@ -127,6 +127,18 @@ class Passes:
         """The margins without an edit, float64 ``(prompts,)``."""
         return self._in_order([self._plain(each) for each in self._readings])
 
+    def under(self, around: Callable[[Sequence[int]], AbstractContextManager[None]]) -> Tensor:
+        """The margins while the model is changed, float64 ``(prompts,)``.
+
+        Args:
+            around: From the numbers of a batch's prompts to what lasts while they are run.
+        """
+        found = []
+        for numbers, batch in zip(self._numbers, self._readings, strict=True):
+            with around(numbers):
+                found.append(self._plain(batch))
+        return self._in_order(found)
+
     def chunks(self, edits: Sequence[Edit]) -> list[Chunk]:
         """The passes that a number of edits takes, the same for the same edits."""
         by_block: dict[int, list[int]] = {}
@@ -177,7 +189,7 @@ class Passes:
         """The quickest way into a block that gives what whole passes give."""
         in_block = [name for name, number in self._block_of.items() if number == block]
         dense = len(in_block) == 1 and self._sites[in_block[0]].writes.expert is None
-        batch = self._longest
+        batch, last = self._longest, len(self._blocks) - 1
         expected: list[Tensor] = []
 
         def whole() -> Tensor:
@@ -186,8 +198,8 @@ class Passes:
             return expected[0]
 
         for way in _WAYS:
-            if way.start == "unit" and not dense:
-                continue
+            if not dense and (way.start == "unit" or (way.trimmed and block == last)):
+                continue  # tokens of experts are found by their places, which have to be all there
             if self._agree(lambda way=way: self._edited(batch, block, edits, way), whole):
                 return way
         logger.warning(
