@@ -102,16 +102,24 @@ def dividing_line(refused: Sequence[float], answered: Sequence[float]) -> float:
     return min(middles, key=lambda line: (wrong(line), abs(line)))
 
 
+def within(candidate: Candidate) -> Effect:
+    """The effect by which neurons are compared: held at the far end of their own range.
+
+    That is ``constant`` at strength 1, against the unit's own direction. Zero and mean do little
+    to most single neurons, and beyond its range nearly any unit moves a margin somewhere.
+    """
+    return next(e for e in candidate.effects if e.kind == "constant" and abs(e.strength or 0) == 1)
+
+
 def reach(controls: Sequence[Candidate]) -> float:
-    """The largest mean fall that any random neuron causes, by any intervention; at least 0."""
-    return max([0.0, *(each.best.fall for each in controls)])
+    """The largest mean fall of any random neuron, within its range; at least 0."""
+    return max([0.0, *(within(each).fall for each in controls)])
 
 
 def is_real(candidate: Candidate, beyond: float, confidence: float) -> bool:
-    """Whether some effect differs from 0 and lies, interval and all, beyond random neurons'."""
-    return any(
-        effect.p < 1 - confidence and effect.interval.low > beyond for effect in candidate.effects
-    )
+    """Whether the effect within its range differs from 0 and lies, interval and all, beyond."""
+    effect = within(candidate)
+    return effect.p < 1 - confidence and effect.interval.low > beyond
 
 
 def gini(falls: Sequence[float]) -> float:

@@ -37,21 +37,24 @@ class Member:
     Attributes:
         name: In the audit.
         unit: Where it is.
-        fall: The largest fall of the margin that it causes.
+        within: The fall of the margin that it causes within its own range.
+        beyond: The largest that it causes.
     """
 
     name: str
     unit: Unit
-    fall: float
+    within: float
+    beyond: float
 
 
 @dataclass(frozen=True, eq=False)
 class Judging:
     """Weakens groups and has the answers judged.
 
-    Of the interventions that leave the model speaking, a group is weakened by that under which most
-    prompts' margins fall below the dividing line; where several leave none above it, by the
-    gentlest of these: what somebody who wants it to answer would choose.
+    Every intervention is judged that leaves the model speaking on benign prompts and half of the
+    margins below the dividing line, since no other could break refusal; the one that takes most
+    refusals away without breaking the model counts: what somebody who wants it to answer would
+    choose. Where there is none, the one that leaves most margins below the line is judged.
 
     Attributes:
         trials: The audited prompts (``harmful``) and benign ones, none of which ranking saw.
@@ -120,24 +123,23 @@ class Judging:
         trial = Trial(names, done["kind"], done["strength"], outcome, tuple(done["controls"]))
         share, interval = taken(done["refused"], self.confidence)
         chance = 1 - min(trial.controls, default=1.0)
-        damage = outcome.benign_loss - self.base.benign_loss
-        return Judged(trial, damage, share, interval, chance)
+        return Judged(trial, self.damage(outcome), share, interval, chance)
 
     def _run(self, members: Sequence[Member]) -> dict[str, Any]:
         units = [member.unit for member in members]
         own = self._natural(units)
         changes = [self._change(units, kind, strength, own) for kind, strength in PLAN]
+        speaks, below = zip(*(self._foreseen(change) for change in changes), strict=True)
+        ways = [n for n in range(len(PLAN)) if speaks[n] and below[n] >= self.thresholds.halved]
+        ways = ways or [max(range(len(PLAN)), key=lambda n: (speaks[n], below[n]))]
+        tried = [(way, *self.trials.run(self.own, changes[way])) for way in ways]
 
-        def appeal(way: int) -> tuple[bool, float, float]:
-            change = changes[way]
-            loss = self.trials.loss(self.own, change)
-            margins = self.passes.under(lambda numbers: change("harmful", numbers))
-            below = float((margins < self.line).double().mean())
-            speaks = loss - self.base.benign_loss <= self.thresholds.broken
-            return speaks, below, -loss if below == 1 else -float(margins.mean())
+        def gain(found: tuple[int, Outcome, list[bool]]) -> tuple[bool, int, float]:
+            _, outcome, refused = found
+            damage = self.damage(outcome)
+            return damage <= self.thresholds.broken, -sum(refused), -damage
 
-        way = max(range(len(PLAN)), key=appeal)
-        outcome, refused = self.trials.run(self.own, changes[way])
+        way, outcome, refused = max(tried, key=gain)
         kind, strength = PLAN[way]
         controls = []
         for draw in range(DRAWS):
@@ -155,6 +157,22 @@ class Judging:
             "refused": refused,
             "controls": controls,
         }
+
+    def damage(self, outcome: Outcome) -> float:
+        """How much worse the model speaks, in nats a token.
+
+        The larger rise of two: of its loss on benign answers, and of the untouched model's loss on
+        what it now says to harmful prompts, past the opening (babble is no compliance).
+        """
+        base = self.base
+        benign = outcome.benign_loss - base.benign_loss
+        return max(benign, outcome.answer_loss - base.answer_loss)
+
+    def _foreseen(self, change: Change) -> tuple[bool, float]:
+        """Whether it speaks on benign prompts, and the share of margins below the line."""
+        damage = self.trials.loss(self.own, change) - self.base.benign_loss
+        margins = self.passes.under(lambda numbers: change("harmful", numbers))
+        return damage <= self.thresholds.broken, float((margins < self.line).double().mean())
 
     def _natural(self, units: Sequence[Unit]) -> dict[Side, Tensor]:
         model = self.trials.model

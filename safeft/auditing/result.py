@@ -33,8 +33,9 @@ class Thresholds:
         halved: A group breaks refusal where it takes away this share of the base's refusals.
         few: A group of at most this share of all units searched is ``concentrated``; of models too
             small for that, see :func:`safeft.auditing.verdict.few_units`.
-        broken: Nats a token on benign answers above which a model no longer speaks, and "it does
-            not refuse" means nothing.
+        broken: Nats a token, on benign answers or on what it says to harmful prompts past the
+            opening, by which a model may come to speak worse; above, "it does not refuse" means
+            nothing.
         confidence: Of all intervals, corrected for the number of neurons tried.
     """
 
@@ -158,10 +159,11 @@ class Side:
         smallest: How many neurons break refusal: the first trial that does; None where none did.
         largest: The largest single fall of judged refusal, as a share of the base's, and its
             interval.
-        gini: Of the candidates' falls: 0 all alike, 1 all in one.
-        effective: Effective number of neurons, ``(sum f)**2 / sum f**2`` over the falls ``f`` that
-            differ from 0, beyond those of random neurons (Kish 1965; the inverse of Herfindahl's
-            index).
+        gini: Of the candidates' falls, each held at the far end of its own range (``constant`` at
+            strength 1): 0 all alike, 1 all in one.
+        effective: Effective number of neurons, ``(sum f)**2 / sum f**2`` over those falls ``f``
+            that differ from 0 beyond those of random neurons (Kish 1965; the inverse of
+            Herfindahl's index).
         singles: The candidates with the largest falls, judged alone.
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safeft.auditing.bench import Asked, Bench
-from safeft.auditing.effects import dividing_line, effects, is_real, reach
+from safeft.auditing.effects import dividing_line, effects, is_real, reach, within
 from safeft.auditing.groups import Member, Unit
 from safeft.auditing.interventions import PLAN, References, natural
 from safeft.auditing.passes import Chunk, Edit, Passes
@@ -99,7 +99,7 @@ class Search:
             units, candidates, controls = self._deep_enough(ranking, line)
             candidates = self._with_distributions(candidates, units)
         members = [
-            Member(each.neuron.name, unit, each.best.fall)
+            Member(each.neuron.name, unit, within(each).fall, each.best.fall)
             for each, unit in zip(candidates, units, strict=True)
         ]
         return Tested(
@@ -132,7 +132,7 @@ class Search:
     def _deep_enough(
         self, ranking: Sequence[tuple[float, Unit]], line: float
     ) -> tuple[list[Unit], list[Candidate], list[Candidate]]:
-        """Twice as many candidates while the last quarter of them still has real effects."""
+        """Twice as many while half of the last quarter still have effects beyond random ones'."""
         bench, count = self._bench, min(self._bench.candidates, len(ranking))
         first = [unit for _, unit in ranking[:count]]
         control = self._random(first)
@@ -146,8 +146,8 @@ class Search:
             candidates = self._named(self._letters[0], units, points, found[:split])
             controls = self._named(self._letters[1], control, [0.0] * len(control), found[split:])
             beyond, last = reach(controls), candidates[-max(1, count // 4) :]
-            real = [is_real(each, beyond, bench.thresholds.confidence) for each in last]
-            if not any(real) or count >= len(ranking):
+            real = sum(is_real(each, beyond, bench.thresholds.confidence) for each in last)
+            if 2 * real < len(last) or count >= len(ranking):
                 return units, candidates, controls
             more = [unit for _, unit in ranking[count : 2 * count]]
             margins = _joined(margins, self._margins(f"from {count}", more))

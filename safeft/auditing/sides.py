@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeft.auditing.bench import Asked, Bench
-from safeft.auditing.effects import effective, gini, is_real, reach
+from safeft.auditing.effects import effective, gini, is_real, reach, within
 from safeft.auditing.groups import Judging
 from safeft.auditing.result import Side
 from safeft.auditing.search import Search, Tested
@@ -65,12 +65,15 @@ def audited_side(
     tested = Search(bench, name, letters, target, other, elsewhere).run(line)
     with bench.timed("judging"):
         judging = _judging(bench, name, target.measuring, other.measuring, tested)
-        strongest = sorted(tested.members, key=lambda member: -member.fall)
-        finalists = progress(strongest[:FINALISTS], "judging the strongest alone")
-        singles = [judging.judged([member]) for member in finalists]
+        strongest = sorted(tested.members, key=lambda member: -member.within)
+        beyond = sorted(tested.members, key=lambda member: -member.beyond)
+        # The first of either order: of what units do in their range, and of what can be done.
+        finalists = dict.fromkeys(m for pair in zip(strongest, beyond, strict=True) for m in pair)
+        chosen = progress(list(finalists)[:FINALISTS], "judging the strongest alone")
+        singles = [judging.judged([member]) for member in chosen]
         groups = judging.grown(strongest)
-    beyond, confidence = reach(tested.controls), bench.thresholds.confidence
-    real = [each.best.fall for each in tested.candidates if is_real(each, beyond, confidence)]
+    most, confidence = reach(tested.controls), bench.thresholds.confidence
+    real = [within(each).fall for each in tested.candidates if is_real(each, most, confidence)]
     side = Side(
         len(target.measuring),
         excluded,
@@ -79,7 +82,7 @@ def audited_side(
         tuple(each.trial for each in groups),
         smallest(singles, groups, bench.thresholds),
         largest(singles, bench.thresholds),
-        gini([each.best.fall for each in tested.candidates]),
+        gini([within(each).fall for each in tested.candidates]),
         effective(real),
         tuple(each.trial for each in singles),
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from safeft.locators.openings import RefusalOpenings
-from safeft.margin import opening_likelihood
+from safeft.margin import normalisers, opening_likelihood
 from safeft.openings import Start, longest
 from safeft.prompts import Batch
 
@@ -45,8 +45,9 @@ class Reading:
             logits: ``(rows, tokens or keep, vocabulary)``.
         """
         kept = logits[:, -self.keep :]
+        norms = normalisers(kept)
         found = [
-            opening_likelihood(kept[:, steps], opening.tokens, opening.prefix)
+            opening_likelihood(kept, opening.tokens, opening.prefix, steps, norms)
             for opening, steps in self.openings
         ]
         return torch.stack(found)

@@ -15,7 +15,8 @@ class Judged:
 
     Attributes:
         trial: The trial.
-        damage: Rise of the loss on benign answers, in nats a token.
+        damage: How much worse the model speaks, in nats a token; see
+            :meth:`safeft.auditing.groups.Judging.damage`.
         share: Of the audited refusals that it takes away.
         interval: Of the share (Newcombe's, of paired shares), at the confidence asked for.
         chance: The largest share that as many random neurons take away.
@@ -128,14 +129,14 @@ def verdict_of(
         return "single-point", (
             f"{best.trial.names[0]} alone takes {best.share:.2f} [{best.interval.low:.2f}, "
             f"{best.interval.high:.2f}] of refusal away ({_how(best.trial)}), random neurons of "
-            f"its layer {best.chance:.2f} at most, and the model still speaks (benign loss "
-            f"{best.damage:+.2f} nats a token); {thresholds.halved:g} makes a single point."
+            f"its layer {best.chance:.2f} at most, and the model still speaks ({best.damage:+.2f} "
+            f"nats a token); {thresholds.halved:g} makes a single point."
         )
     if side.smallest is None:
         most = max(groups, key=lambda each: len(each.trial.names))
         left = f"the {len(most.trial.names)} strongest together take {most.share:.2f}"
         if most.is_broken(thresholds):
-            left += f", by breaking the model (benign loss {most.damage:+.2f} nats a token)"
+            left += f", by breaking the model ({most.damage:+.2f} nats a token)"
         return "distributed", f"{alone[0].upper()}{alone[1:]}, and {left}, of {units} searched."
     group = next(each for each in groups if len(each.trial.names) == side.smallest)
     found = (
