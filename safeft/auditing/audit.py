@@ -102,6 +102,7 @@ def audit(
         ('concentrated', 3)
     """
     thresholds = thresholds or Thresholds()
+    _check_thresholds(thresholds)
     _check_model(model)
     sites = {n: site for n, site in find_sites(model, ("mlp",)).items() if site.tower == "text"}
     candidates = _checked(candidates, sum(site.units for site in sites.values()))
@@ -252,6 +253,20 @@ def _check_model(model: PreTrainedModel) -> None:
             f"The model is in {sorted(low)[0]} on a CPU, where that is slow and rounds margins by "
             "more than single neurons move them. Load it in float32 (dtype='float32'), or put it "
             "on a GPU."
+        )
+
+
+def _check_thresholds(thresholds: Thresholds) -> None:
+    for name in ("halved", "few", "confidence"):
+        if not 0 < getattr(thresholds, name) < 1:
+            raise ConfigError(
+                f"{name}={getattr(thresholds, name)} is no share: all models, or none, would pass. "
+                "Give a number above 0 and below 1."
+            )
+    if not thresholds.broken > 0:
+        raise ConfigError(
+            f"broken={thresholds.broken}: any model would count as broken by what is done to it. "
+            "Give a number above 0, in nats a token."
         )
 
 

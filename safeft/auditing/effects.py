@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from statistics import fmean, quantiles, stdev
 
 from torch import Tensor
 
@@ -112,8 +112,16 @@ def within(candidate: Candidate) -> Effect:
 
 
 def reach(controls: Sequence[Candidate]) -> float:
-    """The largest mean fall of any random neuron, within its range; at least 0."""
-    return max([0.0, *(within(each).fall for each in controls)])
+    """How far random neurons go within their range, but for outliers among them; at least 0.
+
+    Tukey's fence: the upper quartile of their falls and one and a half times the middle half's
+    width. Of a few random neurons one may well matter, and would hide all others as the maximum.
+    """
+    falls = [within(each).fall for each in controls]
+    if len(falls) < 2:
+        return max([0.0, *falls])
+    low, _, high = quantiles(falls, n=4, method="inclusive")
+    return max(0.0, high + 1.5 * (high - low))
 
 
 def is_real(candidate: Candidate, beyond: float, confidence: float) -> bool:

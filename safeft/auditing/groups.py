@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from safeft.auditing.holding import holding
 from safeft.auditing.interventions import PLAN, References, natural
 from safeft.auditing.journal import Journal
 from safeft.auditing.passes import Passes
-from safeft.auditing.result import Kind, Thresholds, Trial
+from safeft.auditing.result import Candidate, Kind, Thresholds, Trial
 from safeft.auditing.verdict import Judged, taken
 from safeft.causal.effect import Outcome
 from safeft.causal.trials import Change, Trials
@@ -32,19 +32,23 @@ DRAWS = 3
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A candidate on its way into a group.
+    """A neuron on its way into a group.
 
     Attributes:
         name: In the audit.
         unit: Where it is.
-        within: The fall of the margin that it causes within its own range.
-        beyond: The largest that it causes.
     """
 
     name: str
     unit: Unit
-    within: float
-    beyond: float
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> Self:
+        """A neuron that was tested."""
+        neuron = candidate.neuron
+        assert neuron.site is not None
+        assert neuron.unit is not None
+        return cls(neuron.name, (neuron.site, neuron.unit))
 
 
 @dataclass(frozen=True, eq=False)

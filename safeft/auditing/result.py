@@ -164,7 +164,7 @@ class Side:
         effective: Effective number of neurons, ``(sum f)**2 / sum f**2`` over those falls ``f``
             that differ from 0 beyond those of random neurons (Kish 1965; the inverse of
             Herfindahl's index).
-        singles: The candidates with the largest falls, judged alone.
+        singles: The neurons with the largest falls, random ones included, judged alone.
     """
 
     prompts: int

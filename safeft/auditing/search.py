@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from safeft.auditing.bench import Asked, Bench
-from safeft.auditing.effects import dividing_line, effects, is_real, reach, within
-from safeft.auditing.groups import Member, Unit
+from safeft.auditing.effects import dividing_line, effects, is_real, reach
+from safeft.auditing.groups import Unit
 from safeft.auditing.interventions import PLAN, References, natural
 from safeft.auditing.passes import Chunk, Edit, Passes
 from safeft.auditing.result import Candidate, Distribution, Effect, Kind, Neuron
@@ -36,7 +36,6 @@ class Tested:
         units: How many were ranked.
         candidates: By rank, with their effects.
         controls: Random neurons, likewise.
-        members: The candidates on their way into groups.
         references: What all units do by themselves.
         line: The margin that parts what is refused from what is answered.
         passes: For more margins of the measured prompts.
@@ -45,7 +44,6 @@ class Tested:
     units: int
     candidates: Sequence[Candidate]
     controls: Sequence[Candidate]
-    members: Sequence[Member]
     references: References
     line: float
     passes: Passes
@@ -98,13 +96,8 @@ class Search:
                 line = dividing_line(*(self._base[w].tolist() for w in ("target", "elsewhere")))
             units, candidates, controls = self._deep_enough(ranking, line)
             candidates = self._with_distributions(candidates, units)
-        members = [
-            Member(each.neuron.name, unit, within(each).fall, each.best.fall)
-            for each, unit in zip(candidates, units, strict=True)
-        ]
         return Tested(
-            ranked["units"], candidates, controls, members, self._references, line,
-            self._passes["target"],
+            ranked["units"], candidates, controls, self._references, line, self._passes["target"],
         )  # fmt: skip
 
     def _ranked(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from safeft.auditing.bench import Asked, Bench
 from safeft.auditing.effects import effective, gini, is_real, reach, within
-from safeft.auditing.groups import Judging
+from safeft.auditing.groups import Judging, Member
 from safeft.auditing.result import Side
 from safeft.auditing.search import Search, Tested
 from safeft.auditing.verdict import Judged, corrected, largest, smallest
@@ -65,13 +65,16 @@ def audited_side(
     tested = Search(bench, name, letters, target, other, elsewhere).run(line)
     with bench.timed("judging"):
         judging = _judging(bench, name, target.measuring, other.measuring, tested)
-        strongest = sorted(tested.members, key=lambda member: -member.within)
-        beyond = sorted(tested.members, key=lambda member: -member.beyond)
-        # The first of either order: of what units do in their range, and of what can be done.
-        finalists = dict.fromkeys(m for pair in zip(strongest, beyond, strict=True) for m in pair)
-        chosen = progress(list(finalists)[:FINALISTS], "judging the strongest alone")
-        singles = [judging.judged([member]) for member in chosen]
-        groups = judging.grown(strongest)
+        strongest = sorted(tested.candidates, key=lambda each: -within(each).fall)
+        everyone = [*tested.candidates, *tested.controls]
+        furthest = sorted(everyone, key=lambda each: -each.best.fall)
+        # The first of either order: of what units do in their range, and of what can be done to
+        # any: a random neuron that goes further than all candidates is judged too.
+        pairs = zip(strongest, furthest, strict=False)
+        finalists = {each.neuron.name: each for pair in pairs for each in pair}
+        chosen = progress(list(finalists.values())[:FINALISTS], "judging the strongest alone")
+        singles = [judging.judged([Member.of(each)]) for each in chosen]
+        groups = judging.grown([Member.of(each) for each in strongest])
     most, confidence = reach(tested.controls), bench.thresholds.confidence
     real = [within(each).fall for each in tested.candidates if is_real(each, most, confidence)]
     side = Side(
