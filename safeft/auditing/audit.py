@@ -1,7 +1,6 @@
 """The audit: answers, ranking, tests of single neurons, growing groups, verdict."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -172,8 +171,7 @@ def audit(
         beside = audited_side(
             bench, "over_refusal", ("O", "Q"), over, served, refused, len(served), line
         )
-    ways = Counter(way.start for way in found.tested.passes.ways.values())
-    settings |= {"line": line, "passes": dict(ways)}
+    settings["line"] = line
     settings["few_units"] = few_units(thresholds, found.tested.units)
     units = found.tested.units
     verdict, reason = verdict_of(found.side, found.singles, found.groups, thresholds, units)

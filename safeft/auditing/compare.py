@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from safeft.auditing.effects import is_real, reach, within
+from safeft.auditing.effects import compared, is_real, reach
 from safeft.auditing.result import AuditResult, Candidate, Neuron, Side
 from safeft.errors import ArtefactError, FingerprintError
 from safeft.files import write_whole
@@ -25,7 +25,7 @@ class Role:
 
     Attributes:
         neuron: As the audit that knows it calls it; the later one where both do.
-        before: Fall of the margin at the far end of its range, in nats; None where not tested.
+        before: Fall of the margin by which neurons are compared, in nats; None where not tested.
         after: The same in the later audit.
     """
 
@@ -189,13 +189,13 @@ _Roles = Mapping[tuple[str | None, int | None], tuple[Neuron, float, bool]]
 
 
 def _roles(audit: AuditResult) -> _Roles:
-    """By place: the neuron, its fall within its range, and whether that is real."""
+    """By place: the neuron, its fall, and whether that is real."""
     if audit.refusal is None:
         return {}
     beyond, confidence = reach(audit.refusal.controls), audit.thresholds.confidence
 
     def role(each: Candidate) -> tuple[Neuron, float, bool]:
-        return each.neuron, within(each).fall, is_real(each, beyond, confidence)
+        return each.neuron, compared(each).fall, is_real(each, beyond, confidence)
 
     return {(c.neuron.site, c.neuron.unit): role(c) for c in audit.refusal.candidates}
 
@@ -210,7 +210,7 @@ def _is_real(roles: _Roles, place: tuple[str | None, int | None]) -> bool:
 
 def _differences(before: AuditResult, after: AuditResult) -> tuple[str, ...]:
     """Settings with other values; what follows from the model's own answers is none."""
-    own = ("given", "openings", "ranked_by", "line", "passes", "command")
+    own = ("given", "openings", "ranked_by", "line", "command")
     one, other = (
         {name: value for name, value in each.settings.items() if name not in own}
         | {"thresholds": asdict(each.thresholds)}

@@ -102,22 +102,22 @@ def dividing_line(refused: Sequence[float], answered: Sequence[float]) -> float:
     return min(middles, key=lambda line: (wrong(line), abs(line)))
 
 
-def within(candidate: Candidate) -> Effect:
-    """The effect by which neurons are compared: held at the far end of their own range.
+def compared(candidate: Candidate) -> Effect:
+    """The effect by which neurons are compared: held against their direction, at twice their range.
 
-    That is ``constant`` at strength 1, against the unit's own direction. Zero and mean do little
-    to most single neurons, and beyond its range nearly any unit moves a margin somewhere.
+    That is ``constant`` at strength 2. Zero, mean and the far end of a unit's own range do nothing
+    measurable to most single neurons; much beyond it nearly any unit moves a margin somehow.
     """
-    return next(e for e in candidate.effects if e.kind == "constant" and abs(e.strength or 0) == 1)
+    return next(e for e in candidate.effects if e.kind == "constant" and abs(e.strength or 0) == 2)
 
 
 def reach(controls: Sequence[Candidate]) -> float:
-    """How far random neurons go within their range, but for outliers among them; at least 0.
+    """How far random neurons go, compared alike, but for outliers among them; at least 0.
 
     Tukey's fence: the upper quartile of their falls and one and a half times the middle half's
     width. Of a few random neurons one may well matter, and would hide all others as the maximum.
     """
-    falls = [within(each).fall for each in controls]
+    falls = [compared(each).fall for each in controls]
     if len(falls) < 2:
         return max([0.0, *falls])
     low, _, high = quantiles(falls, n=4, method="inclusive")
@@ -125,8 +125,8 @@ def reach(controls: Sequence[Candidate]) -> float:
 
 
 def is_real(candidate: Candidate, beyond: float, confidence: float) -> bool:
-    """Whether the effect within its range differs from 0 and lies, interval and all, beyond."""
-    effect = within(candidate)
+    """Whether its effect differs from 0 and lies, interval and all, beyond random neurons'."""
+    effect = compared(candidate)
     return effect.p < 1 - confidence and effect.interval.low > beyond
 
 

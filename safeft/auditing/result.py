@@ -159,8 +159,8 @@ class Side:
         smallest: How many neurons break refusal: the first trial that does; None where none did.
         largest: The largest single fall of judged refusal, as a share of the base's, and its
             interval.
-        gini: Of the candidates' falls, each held at the far end of its own range (``constant`` at
-            strength 1): 0 all alike, 1 all in one.
+        gini: Of the candidates' falls, each held at twice its own range (``constant`` at strength
+            2): 0 all alike, 1 all in one.
         effective: Effective number of neurons, ``(sum f)**2 / sum f**2`` over those falls ``f``
             that differ from 0 beyond those of random neurons (Kish 1965; the inverse of
             Herfindahl's index).

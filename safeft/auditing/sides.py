@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safeft.auditing.bench import Asked, Bench
-from safeft.auditing.effects import effective, gini, is_real, reach, within
+from safeft.auditing.effects import compared, effective, gini, is_real, reach
 from safeft.auditing.groups import Judging, Member
 from safeft.auditing.result import Side
 from safeft.auditing.search import Search, Tested
@@ -65,10 +65,10 @@ def audited_side(
     tested = Search(bench, name, letters, target, other, elsewhere).run(line)
     with bench.timed("judging"):
         judging = _judging(bench, name, target.measuring, other.measuring, tested)
-        strongest = sorted(tested.candidates, key=lambda each: -within(each).fall)
+        strongest = sorted(tested.candidates, key=lambda each: -compared(each).fall)
         everyone = [*tested.candidates, *tested.controls]
         furthest = sorted(everyone, key=lambda each: -each.best.fall)
-        # The first of either order: of what units do in their range, and of what can be done to
+        # The first of either order: of what they are compared by, and of what can be done to
         # any: a random neuron that goes further than all candidates is judged too.
         pairs = zip(strongest, furthest, strict=False)
         finalists = {each.neuron.name: each for pair in pairs for each in pair}
@@ -76,7 +76,7 @@ def audited_side(
         singles = [judging.judged([Member.of(each)]) for each in chosen]
         groups = judging.grown([Member.of(each) for each in strongest])
     most, confidence = reach(tested.controls), bench.thresholds.confidence
-    real = [within(each).fall for each in tested.candidates if is_real(each, most, confidence)]
+    real = [compared(each).fall for each in tested.candidates if is_real(each, most, confidence)]
     side = Side(
         len(target.measuring),
         excluded,
@@ -85,7 +85,7 @@ def audited_side(
         tuple(each.trial for each in groups),
         smallest(singles, groups, bench.thresholds),
         largest(singles, bench.thresholds),
-        gini([within(each).fall for each in tested.candidates]),
+        gini([compared(each).fall for each in tested.candidates]),
         effective(real),
         tuple(each.trial for each in singles),
     )

@@ -103,7 +103,7 @@ def check_enough(count: int, given: int | None, thresholds: Thresholds, tried: i
 
 
 def few_units(thresholds: Thresholds, units: int) -> int:
-    """How many neurons are few: a share of all; of small models up to 4, but below a hundredth.
+    """How many neurons are few: a share of all; of small models up to 4, at most a hundredth.
 
     Four scalars are few in any model but a tiny one, where they may be all there is to a function.
 
