@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safeft.auditing.audit import audit as audit
+    from safeft.auditing.result import AuditResult as AuditResult
     from safeft.causal import validate as validate
     from safeft.causal.effect import CausalEffect as CausalEffect
     from safeft.errors import SafeftError as SafeftError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AuditResult": "safeft.auditing.result",
     "CausalEffect": "safeft.causal.effect",
     "Certificate": "safeft.freeze.certificate",
     "Evaluation": "safeft.evaluation",
@@ -38,6 +41,7 @@ _HOMES = {
     "SafetyMonitorCallback": "safeft.monitor.callback",
     "SafetySubspace": "safeft.subspace",
     "as_judge": "safeft.judge",
+    "audit": "safeft.auditing",
     "evaluate": "safeft.evaluation",
     "find_sites": "safeft.sites",
     "locate": "safeft.locators",

@@ -22,7 +22,7 @@ LAYERS = (
     ("prompts",),
     ("generation", "reading"),
     ("locators", "measure"),
-    ("freeze", "evaluation", "causal"),
+    ("freeze", "evaluation", "causal", "openings"),
     ("auditing", "monitor"),
     ("report",),
     ("grid",),
