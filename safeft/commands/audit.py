@@ -33,6 +33,9 @@ class AuditConfig:
     fail_on: Literal["never", "single-point", "concentrated"] = field(
         default="never", metadata={"help": "Verdict from which on the exit code is 1."}
     )
+    certificate: str | None = field(
+        default=None, metadata={"help": "safeft_certificate.json of this model, to be referred to."}
+    )
     reveal: bool = field(default=False, metadata={"help": "Say where the neurons are."})
     candidates: int = field(
         default=64, metadata={"help": "Neurons tested at first; up to four times as many."}
@@ -105,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     shown = found if config.reveal else found.withheld()
     told = changes if changes is None or config.reveal else changes.withheld()
     if config.output:
-        write(Path(config.output), model, found, shown, changes, told)
+        write(Path(config.output), config, model, found, earlier, changes)
     if config.json:
         both: dict[str, Any] = shown.to_dict()
         print(
@@ -124,25 +127,32 @@ def _fails(verdict: str, fail_on: str) -> bool:
     return fail_on != "never" and VERDICTS.index(verdict) <= VERDICTS.index(fail_on)
 
 
-def write(folder: Path, model: Any, found: Any, shown: Any, changes: Any, told: Any) -> None:
-    """What is for everybody into the folder, what is an attacker's map into ``private``.
+def write(
+    folder: Path, config: AuditConfig, model: Any, found: Any, earlier: Any, changes: Any
+) -> None:
+    """What is for everybody into the folder, what is an attacker's map into ``private``."""
+    from safeft.report.audit_views import write_all
 
-    Views for people (a page, a model card, a bill of materials, SARIF) are made of ``shown`` and
-    ``told`` here.
-    """
     private = folder / "private"
     private.mkdir(parents=True, exist_ok=True)
     private.chmod(0o700)
     found.save(private / "audit.json")
     (private / "audit.json").chmod(0o600)
-    shown.save(folder / "audit.json")
-    if changes is not None and told is not None:
+    if changes is not None:
         changes.save(private / "comparison.json")
         (private / "comparison.json").chmod(0o600)
-        told.save(folder / "comparison.json")
+        (changes if config.reveal else changes.withheld()).save(folder / "comparison.json")
     neurons = _breaking(model, found)
     if neurons is not None:
         neurons.save_pretrained(private / "neurons")
+    write_all(
+        found,
+        folder,
+        reveal=config.reveal,
+        before=earlier,
+        certificate=Path(config.certificate) if config.certificate else None,
+        neurons=neurons,
+    )
 
 
 def _breaking(model: Any, found: Any) -> Any:
