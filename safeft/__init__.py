@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from safeft.freeze.callback import SafetyFreezeCallback as SafetyFreezeCallback
     from safeft.freeze.certificate import Certificate as Certificate
     from safeft.freeze.verify import verify as verify
+    from safeft.hardening.callback import SafetyDropoutCallback as SafetyDropoutCallback
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
     from safeft.locators import locate_subspace as locate_subspace
     from safeft.monitor.callback import SafetyMonitorCallback as SafetyMonitorCallback
+    from safeft.monitor.neurons import NeuronMonitor as NeuronMonitor
     from safeft.neurons import NeuronSet as NeuronSet
     from safeft.reading import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
@@ -32,8 +34,10 @@ _HOMES = {
     "Certificate": "safeft.freeze.certificate",
     "Evaluation": "safeft.evaluation",
     "Judge": "safeft.judge",
+    "NeuronMonitor": "safeft.monitor.neurons",
     "NeuronSet": "safeft.neurons",
     "SafeftError": "safeft.errors",
+    "SafetyDropoutCallback": "safeft.hardening.callback",
     "SafetyFreezeCallback": "safeft.freeze.callback",
     "SafetyMonitorCallback": "safeft.monitor.callback",
     "SafetySubspace": "safeft.subspace",
