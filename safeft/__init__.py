@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safeft.auditing.stress import stress as stress
     from safeft.causal import validate as validate
     from safeft.causal.effect import CausalEffect as CausalEffect
     from safeft.errors import SafeftError as SafeftError
@@ -47,6 +48,7 @@ _HOMES = {
     "locate": "safeft.locators",
     "locate_subspace": "safeft.locators",
     "read_prompts": "safeft.reading",
+    "stress": "safeft.auditing.stress",
     "validate": "safeft.causal",
     "verify": "safeft.freeze.verify",
 }

@@ -33,6 +33,7 @@ NAMES = {
     "locate",
     "locate_subspace",
     "read_prompts",
+    "stress",
     "validate",
     "verify",
 }
