@@ -87,16 +87,16 @@ class Attack:
         )
 
     @contextmanager
-    def on(self, model: Any) -> Iterator[None]:
+    def on(self, model: Any, site: str = SITE, unit: int = UNIT) -> Iterator[None]:
         """The model under attack from its ``start``-th forward pass on."""
-        mlp, passes = model.get_submodule(SITE), [0]
+        mlp, passes = model.get_submodule(site), [0]
 
         def count(*_: Any) -> None:
             passes[0] += 1
             if self.kind == "weights" and passes[0] == self.start + 1:
                 weight = mlp.get_submodule(self.part).weight
                 with torch.no_grad():
-                    (weight[:, UNIT] if self.part == "down_proj" else weight[UNIT]).mul_(
+                    (weight[:, unit] if self.part == "down_proj" else weight[unit]).mul_(
                         self.strength
                     )
 
@@ -104,7 +104,7 @@ class Attack:
             if self.kind == "weights" or passes[0] <= self.start:
                 return None
             values = inputs[0].clone()
-            values[..., UNIT] = self.change(values[..., UNIT])
+            values[..., unit] = self.change(values[..., unit])
             return (values,)
 
         handles = [model.register_forward_pre_hook(count)]

@@ -6,13 +6,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from safeft.auditing import edits
-from safeft.auditing.bench import Bench
 from safeft.auditing.result import Thresholds
 from safeft.auditing.stressed import NAMES, Level, Name, Strain, StressResult
+from safeft.auditing.subject import Subject
 from safeft.causal.controls import random_controls
 from safeft.errors import ConfigError, PromptError
 from safeft.fingerprint import ModelFingerprint
@@ -99,20 +99,20 @@ def stress(
     if neurons is not None:
         neurons.check_model(model)
         random_controls(neurons, draws, seed)
-    bench = Bench(model, tokenizer, *sides, ready_judge(judge), max_new_tokens, settled)
-    base = bench.level(0.0, bench.own)
+    subject = Subject(model, tokenizer, *sides, ready_judge(judge), max_new_tokens, settled)
+    base = subject.level(0.0, subject.own)
     if not base.refusal[0].count:
         raise PromptError(
-            f"To the judge {bench.judge.name!r} the model refuses none of the {len(sides[0])} "
+            f"To the judge {subject.judge.name!r} the model refuses none of the {len(sides[0])} "
             "harmful prompts, so nothing can break. Give prompts that it refuses."
         )
-    run = _Run(bench, neurons, examples, draws, learning_rate, seed)
+    run = _Run(subject, neurons, examples, draws, learning_rate, seed)
     names = [name for name in get_args(Name) if name in wanted and run.can(name)]
     strains = tuple(run.strain(name, wanted[name]) for name in names)
     fingerprint = ModelFingerprint.of(model)
     settings = {
         "strengths": {name: list(wanted[name]) for name in names},
-        "draws": draws, "learning_rate": learning_rate, "seed": seed, "judge": bench.judge.name,
+        "draws": draws, "learning_rate": learning_rate, "seed": seed, "judge": subject.judge.name,
         "max_new_tokens": max_new_tokens, "neurons": neurons and neurons.hash,
         "prompts": {s: {"count": len(p), "sha256": prompts_hash(p)}
                     for s, p in zip(("harmful", "benign"), sides, strict=True)},
@@ -153,7 +153,7 @@ State: TypeAlias = Generator[tuple[float, bool], None, None]
 
 @dataclass(frozen=True)
 class _Run:
-    bench: Bench
+    subject: Subject
     neurons: NeuronSet | None
     examples: list[Prompt] | None
     draws: int
@@ -174,7 +174,7 @@ class _Run:
         }  # fmt: skip
         with closing(states[name](strengths)) as passing:
             for strength, control in progress(passing, f"stress: {name}"):
-                level = self.bench.level(strength, self.bench.own)
+                level = self.subject.level(strength, self.subject.own)
                 before = found[control].get(strength)
                 if before is not None:
                     rates = (*before.refusal, *level.refusal)
@@ -183,7 +183,7 @@ class _Run:
         return Strain(name, tuple(found[False].values()), tuple(found[True].values()))
 
     def _noise(self, strengths: Sequence[float]) -> State:
-        parameters = edits.matrices(self.bench.model)
+        parameters = edits.matrices(self.subject.model)
         with edits.kept(parameters) as give_back:
             for strength in strengths:
                 for draw in range(self.draws):
@@ -193,7 +193,7 @@ class _Run:
 
     def _noisy_neurons(self, strengths: Sequence[float]) -> State:
         assert self.neurons is not None
-        model = self.bench.model
+        model = self.subject.model
         others = [
             NeuronSet.of(model, units)
             for units in random_controls(self.neurons, self.draws, self.seed)
@@ -207,13 +207,13 @@ class _Run:
                         give_back()
 
     def _directions(self, strengths: Sequence[float]) -> State:
-        parameters, dims = edits.writers(self.bench.model)
+        parameters, dims = edits.writers(self.subject.model)
         with edits.kept(parameters) as give_back:
-            candidates = self.bench.directions()
+            candidates = self.subject.directions()
             left = []
             for direction in candidates:
                 edits.take_out(parameters, dims, direction, 1.0)
-                left.append(self.bench.refused(self.bench.harmful[:_ASKED]).value)
+                left.append(self.subject.refused(self.subject.harmful[:_ASKED]).value)
                 give_back()
             # Of equals the one in the middle: the first blocks have hardly read the prompt.
             middle = (len(candidates) - 1) / 2
@@ -230,23 +230,23 @@ class _Run:
         return direction / direction.norm()
 
     def _rounding(self, strengths: Sequence[float]) -> State:
-        with edits.kept(edits.matrices(self.bench.model)) as give_back:
+        with edits.kept(edits.matrices(self.subject.model)) as give_back:
             for bits in strengths:
-                edits.round_weights(self.bench.model, int(bits))
+                edits.round_weights(self.subject.model, int(bits))
                 yield bits, False
                 give_back()
 
     def _tuning(self, strengths: Sequence[float]) -> State:
         assert self.examples is not None
-        model: nn.Module = self.bench.model
-        settings = {**self.bench.batching, "batch_size": 8, "seed": self.seed}
-        parameters = dict(model.named_parameters())
-        with edits.kept(parameters) as give_back:
-            for examples in (self.examples, self.bench.served()):
-                steps = edits.tune(
-                    self.bench.model, self.bench.tokenizer, examples, [int(s) for s in strengths],
-                    learning_rate=self.learning_rate, **settings,
-                )  # fmt: skip
+        model, tokenizer = self.subject.model, self.subject.tokenizer
+        settings: dict[str, Any] = {
+            **self.subject.batching, "batch_size": 8, "seed": self.seed,
+            "learning_rate": self.learning_rate,
+        }  # fmt: skip
+        numbers = [int(strength) for strength in strengths]
+        with edits.kept(dict(model.named_parameters())) as give_back:
+            for examples in (self.examples, self.subject.served()):
+                steps = edits.tune(model, tokenizer, examples, numbers, **settings)
                 with closing(steps):
                     for step in steps:
                         yield step, examples is not self.examples

@@ -15,6 +15,9 @@ from safeft.sites import Site, bare, find_sites, plain_model
 LOOK_EVERY = 256
 """Tokens that are kept before they are looked at; one forward pass may bring more."""
 
+_NO_PADDING, _UNKNOWN = -1, -2
+"""Numbers that no token has: the padding of a model without any, and a token given as a vector."""
+
 Take = Callable[[Tensor], None]
 """Given ``(tokens, neurons)`` float32, in the order of :attr:`Stream.neurons`."""
 
@@ -57,7 +60,7 @@ class Stream:
         self._take, self._padding = take, _padding(self._plain)
         self._hooks = ExitStack()
         self._parts: dict[str, Tensor] | None = None
-        self._pending: list[tuple[list[Tensor], Tensor | None, Tensor | None]] = []
+        self._pending: list[tuple[list[Tensor], Tensor]] = []
         self._waiting = 0
         self.passes = 0
 
@@ -118,14 +121,28 @@ class Stream:
                 "Is part of the model skipped?"
             )
         ids, mask = self._given
-        found = [parts[site.name] for site, _ in self._units]
-        if ids is not None and ids.shape[1] == 1:
-            mask = None  # a token that is being generated is real, or padding by its number
-        self._pending.append((found, ids, mask))
-        self._waiting += found[0].numel() // found[0].shape[-1]
+        found, ids = [parts[site.name] for site, _ in self._units], self._given[0]
+        # One token each of so many answers is what most passes bring; they are left as they come.
+        if ids is None or ids.shape[1] != 1 or found[0].ndim != 3:
+            found, ids = self._flat(found)
+        self._pending.append((found, ids))
+        self._waiting += len(ids)
         self.passes += 1
         if self._waiting >= LOOK_EVERY:
             self.flush()
+
+    def _flat(self, found: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """As if each token had come alone: ``(tokens, 1, ...)``, masked ones as padding."""
+        ids, mask = self._given
+        rows = [each.reshape(-1, 1, each.shape[-1]) for each in found]
+        if ids is None:
+            ids = torch.full((len(rows[0]), 1), _UNKNOWN, device=rows[0].device)
+        ids = ids.reshape(-1, 1)
+        if mask is not None and mask.ndim == 2:
+            width = len(ids) // len(mask)
+            real = mask[:, -width:].reshape(-1, 1).bool()
+            ids = ids.masked_fill(~real.to(ids.device), self._padding)
+        return rows, ids
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -134,27 +151,15 @@ class Stream:
         self._drop()
         if not pending:
             return
-        real = torch.cat([self._real(*each) for each in pending])
+        real = (torch.cat([ids for _, ids in pending]) != self._padding).flatten()
         columns = []
         for number, (site, units) in enumerate(self._units):
-            rows = torch.cat([found[number].flatten(0, -2) for found, *_ in pending]).float()
+            rows = torch.cat([found[number] for found, _ in pending])[:, 0].float()
             if site.width > 1:
-                rows = rows.unflatten(-1, (len(units), site.width)) @ _direction(site.width).to(
-                    rows
-                )
+                direction = _direction(site.width).to(rows)
+                rows = rows.unflatten(-1, (len(units), site.width)) @ direction
             columns.append(rows.to(real.device))
         self._take(torch.cat(columns, 1)[real])
-
-    def _real(self, found: list[Tensor], ids: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Bool ``(tokens,)``: which of a forward pass's tokens are no padding."""
-        count = found[0].numel() // found[0].shape[-1]
-        real = torch.ones(count, dtype=torch.bool, device=found[0].device)
-        if ids is not None and self._padding is not None:
-            real &= (ids != self._padding).flatten().to(real.device)
-        if mask is not None and mask.ndim == 2:
-            width = count // len(mask)
-            real &= mask[:, -width:].bool().flatten().to(real.device)
-        return real
 
 
 class _removed(ExitStack):  # noqa: N801
@@ -182,11 +187,11 @@ def _direction(width: int) -> Tensor:
     return drawn / drawn.norm()
 
 
-def _padding(model: Any) -> int | None:
+def _padding(model: Any) -> int:
     """The number that ``generate`` goes on with where an answer has ended."""
     for config in (getattr(model, "generation_config", None), model.config):
         for name in ("pad_token_id", "eos_token_id"):
             found = getattr(config, name, None)
             if found is not None:
                 return int(found[0] if isinstance(found, list) else found)
-    return None
+    return _NO_PADDING

@@ -28,7 +28,7 @@ from safeft.prompts import (
 _DIRECTIONS = 5
 
 
-class Bench:
+class Subject:
     """The prompts, and how a state of the model is measured on them."""
 
     def __init__(
