@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safeft.auditing.audit import audit as audit
     from safeft.auditing.result import AuditResult as AuditResult
+    from safeft.auditing.stress import stress as stress
     from safeft.causal import validate as validate
     from safeft.causal.effect import CausalEffect as CausalEffect
     from safeft.errors import SafeftError as SafeftError
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from safeft.freeze.callback import SafetyFreezeCallback as SafetyFreezeCallback
     from safeft.freeze.certificate import Certificate as Certificate
     from safeft.freeze.verify import verify as verify
+    from safeft.hardening.callback import SafetyDropoutCallback as SafetyDropoutCallback
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
     from safeft.locators import locate_subspace as locate_subspace
     from safeft.monitor.callback import SafetyMonitorCallback as SafetyMonitorCallback
+    from safeft.monitor.neurons import NeuronMonitor as NeuronMonitor
     from safeft.neurons import NeuronSet as NeuronSet
     from safeft.reading import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
@@ -35,8 +38,10 @@ _HOMES = {
     "Certificate": "safeft.freeze.certificate",
     "Evaluation": "safeft.evaluation",
     "Judge": "safeft.judge",
+    "NeuronMonitor": "safeft.monitor.neurons",
     "NeuronSet": "safeft.neurons",
     "SafeftError": "safeft.errors",
+    "SafetyDropoutCallback": "safeft.hardening.callback",
     "SafetyFreezeCallback": "safeft.freeze.callback",
     "SafetyMonitorCallback": "safeft.monitor.callback",
     "SafetySubspace": "safeft.subspace",
@@ -47,6 +52,7 @@ _HOMES = {
     "locate": "safeft.locators",
     "locate_subspace": "safeft.locators",
     "read_prompts": "safeft.reading",
+    "stress": "safeft.auditing.stress",
     "validate": "safeft.causal",
     "verify": "safeft.freeze.verify",
 }

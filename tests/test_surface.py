@@ -21,8 +21,10 @@ NAMES = {
     "Certificate",
     "Evaluation",
     "Judge",
+    "NeuronMonitor",
     "NeuronSet",
     "SafeftError",
+    "SafetyDropoutCallback",
     "SafetyFreezeCallback",
     "SafetyMonitorCallback",
     "SafetySubspace",
@@ -33,6 +35,7 @@ NAMES = {
     "locate",
     "locate_subspace",
     "read_prompts",
+    "stress",
     "validate",
     "verify",
 }
