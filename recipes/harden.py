@@ -81,16 +81,15 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
             "random_silenced": [each.refusal.value for each in effect.random],
             "over_refusal": effect.intact.over_refusal.value,
         }
-        if hasattr(safeft, "audit"):
-            audit = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates)
-            (output / "audits").mkdir(parents=True, exist_ok=True)
-            audit.withheld().save(output / "audits" / f"{label}.json")
-            side = audit.refusal
-            found[label] |= {
-                "verdict": audit.verdict,
-                "effective": side and side.effective,
-                "smallest": side and side.smallest,
-            }
+        audit = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates)
+        (output / "audits").mkdir(parents=True, exist_ok=True)
+        audit.withheld().save(output / "audits" / f"{label}.json")
+        side = audit.refusal
+        found[label] |= {
+            "verdict": audit.verdict,
+            "effective": side and side.effective,
+            "smallest": side and side.smallest,
+        }
 
     # 1. Locate what refusal hangs on, and look at the model as it is.
     model = base()
@@ -122,7 +121,7 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
         print(
             f"{label:>8}: {row['intact']:.2f} refused, {row['silenced']:.2f} with the located "
             f"neurons silenced; {row['over_refusal']:.2f} of benign prompts; "
-            f"{row.get('verdict', 'not audited')}, effective {row.get('effective')}"
+            f"{row['verdict']}, effective number of neurons {row['effective']}"
         )
 
 
