@@ -72,7 +72,7 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
         return trainer.model
 
     def examine(label: str, model: Any) -> None:
-        """Refusal intact and with the located neurons silenced, beside random ones; the audit."""
+        """Refusal intact and with the located neurons silenced, beside random ones."""
         same = safeft.NeuronSet.of(model, neurons.indices)  # also where tuning has moved them
         effect = safeft.validate(model, tokenizer, same, *measuring, random_sets=config.random_sets)
         found[label] = {
@@ -81,12 +81,15 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
             "random_silenced": [each.refusal.value for each in effect.random],
             "over_refusal": effect.intact.over_refusal.value,
         }
-        audit = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates)
+
+    def audit(label: str, model: Any) -> None:
+        """What refusal hangs on, wherever that is by now."""
+        seen = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates)
         (output / "audits").mkdir(parents=True, exist_ok=True)
-        audit.withheld().save(output / "audits" / f"{label}.json")
-        side = audit.refusal
+        seen.withheld().save(output / "audits" / f"{label}.json")
+        side = seen.refusal
         found[label] |= {
-            "verdict": audit.verdict,
+            "verdict": seen.verdict,
             "effective": side and side.effective,
             "smallest": side and side.smallest,
         }
@@ -96,6 +99,7 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
     neurons = safeft.locate(model, tokenizer, *locating, count=config.count, scope="global")
     neurons.save_pretrained(output / "neurons")
     examine("before", model)
+    audit("before", model)
 
     # 2. Safety tuning in which these neurons are silent in some of the prompts: others must learn.
     #    The control is the same tuning without that.
@@ -103,8 +107,11 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
     with dropout:
         model = tune(model, config.safety_file, "hardened", [dropout])
     examine("hardened", model)
+    audit("hardened", model)
     if config.control:
-        examine("control", tune(base(), config.safety_file, "control", []))
+        plain = tune(base(), config.safety_file, "control", [])
+        examine("control", plain)
+        audit("control", plain)
 
     # 3. Locate again, since refusal lies elsewhere now, and hold that through domain tuning.
     protected = safeft.locate(model, tokenizer, *locating, fraction=config.fraction)
@@ -120,8 +127,8 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
     for label, row in found.items():
         print(
             f"{label:>8}: {row['intact']:.2f} refused, {row['silenced']:.2f} with the located "
-            f"neurons silenced; {row['over_refusal']:.2f} of benign prompts; "
-            f"{row['verdict']}, effective number of neurons {row['effective']}"
+            f"neurons silenced; {row['over_refusal']:.2f} of benign prompts"
+            + (f"; {row['verdict']}, of {row['effective']:.1f}" if row.get("effective") else "")
         )
 
 

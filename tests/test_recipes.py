@@ -124,13 +124,12 @@ def test_harden(workplace: Path) -> None:
     assert "EXACT" in shown
     out = workplace / "runs/smoke/harden"
     found = json.loads((out / "harden.json").read_text())
-    assert list(found) == ["before", "hardened", "control", "tuned"]
+    assert list(found) == ["before", "hardened", "tuned"]
+    assert all(found[label]["verdict"] for label in ("before", "hardened"))
     assert all(0.8 <= found[label]["intact"] <= 1 for label in ("before", "hardened"))
     assert all(len(row["random_silenced"]) == 2 for row in found.values())
     certificate = json.loads((out / "tuned/safeft_certificate.json").read_text())
     assert certificate["exact"]
     assert certificate["neurons"]["count"] == round(0.4 * 5 * 512)
-    weights = [
-        (out / label / "model.safetensors").read_bytes() for label in ("hardened", "control")
-    ]
+    weights = [(out / label / "model.safetensors").read_bytes() for label in ("hardened", "tuned")]
     assert weights[0] != weights[1]
