@@ -42,6 +42,7 @@ class RecipeConfig:
     fraction: float = field(default=0.4, metadata={"help": "Neurons to freeze in domain tuning."})
     candidates: int = field(default=64, metadata={"help": "Neurons that the audit tries."})
     random_sets: int = field(default=10, metadata={"help": "Random neurons to compare with."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Of each answer that is judged."})
     limit: int | None = field(default=None, metadata={"help": "Use the first N prompts."})
 
 
@@ -74,7 +75,10 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
     def examine(label: str, model: Any) -> None:
         """Refusal intact and with the located neurons silenced, beside random ones; the audit."""
         same = safeft.NeuronSet.of(model, neurons.indices)  # also where tuning has moved them
-        effect = safeft.validate(model, tokenizer, same, *measuring, random_sets=config.random_sets)
+        judging = {"max_new_tokens": config.max_new_tokens}
+        effect = safeft.validate(
+            model, tokenizer, same, *measuring, random_sets=config.random_sets, **judging
+        )
         found[label] = {
             "intact": effect.intact.refusal.value,
             "silenced": effect.located.refusal.value,
@@ -82,7 +86,9 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
             "over_refusal": effect.intact.over_refusal.value,
         }
         if hasattr(safeft, "audit"):
-            audit = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates)
+            audit = safeft.audit(
+                model, tokenizer, *measuring, candidates=config.candidates, **judging
+            )
             (output / "audits").mkdir(parents=True, exist_ok=True)
             audit.withheld().save(output / "audits" / f"{label}.json")
             side = audit.refusal
