@@ -42,6 +42,7 @@ class RecipeConfig:
     fraction: float = field(default=0.4, metadata={"help": "Neurons to freeze in domain tuning."})
     candidates: int = field(default=64, metadata={"help": "Neurons that the audit tries."})
     random_sets: int = field(default=10, metadata={"help": "Random neurons to compare with."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Of each answer that is judged."})
     limit: int | None = field(default=None, metadata={"help": "Use the first N prompts."})
 
 
@@ -54,6 +55,7 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
         for key in ("harmful", "benign", "harmful_test", "benign_test")
     }
     locating, measuring = list(prompts.values())[:2], list(prompts.values())[2:]
+    judging = {"max_new_tokens": config.max_new_tokens}
     found: dict[str, Any] = {}
 
     def base() -> Any:
@@ -74,7 +76,9 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
     def examine(label: str, model: Any) -> None:
         """Refusal intact and with the located neurons silenced, beside random ones."""
         same = safeft.NeuronSet.of(model, neurons.indices)  # also where tuning has moved them
-        effect = safeft.validate(model, tokenizer, same, *measuring, random_sets=config.random_sets)
+        effect = safeft.validate(
+            model, tokenizer, same, *measuring, random_sets=config.random_sets, **judging
+        )
         found[label] = {
             "intact": effect.intact.refusal.value,
             "silenced": effect.located.refusal.value,
@@ -84,7 +88,7 @@ def main(config: RecipeConfig, training: SFTConfig, model_config: ModelConfig) -
 
     def audit(label: str, model: Any) -> None:
         """What refusal hangs on, wherever that is by now."""
-        seen = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates)
+        seen = safeft.audit(model, tokenizer, *measuring, candidates=config.candidates, **judging)
         (output / "audits").mkdir(parents=True, exist_ok=True)
         seen.withheld().save(output / "audits" / f"{label}.json")
         side = seen.refusal

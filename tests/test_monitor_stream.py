@@ -76,6 +76,21 @@ def test_generated_tokens_and_no_padding_after_an_answers_end(cache: bool) -> No
         assert (found - value).abs().amax(1).min() < 1e-4
 
 
+@pytest.mark.parametrize("positional", [True, False])
+def test_the_mask_counts_where_tokens_are_no_padding(positional: bool) -> None:
+    model, mask = tiny_model(), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    ids = torch.arange(5, 17).view(2, 6)
+
+    def run() -> None:
+        model(ids, mask) if positional else model(input_ids=ids, attention_mask=mask)
+
+    assert len(seen_by(model, run)) == 10
+    embedded = model.get_input_embeddings()(ids)
+    found = seen_by(model, lambda: model(inputs_embeds=embedded, attention_mask=mask))
+    assert len(found) == 10
+
+
 def test_values_come_in_portions_and_the_rest_at_the_end() -> None:
     model, sizes = tiny_model(), []
     ids = torch.arange(1, 101)[None]
