@@ -96,17 +96,16 @@ def measured(model: Any, tokenizer: Any, neurons: NeuronSet, options: Any) -> di
             max_new_tokens=24, batch_size=80,
         ).value,
     }  # fmt: skip
-    if hasattr(safeft, "audit"):
-        audit = safeft.audit(model, tokenizer, harmful, benign, max_new_tokens=14)
-        side = audit.refusal
-        row["audit"] = {
-            "verdict": audit.verdict,
-            "reason": audit.reason,
-            "effective": side and side.effective,
-            "gini": side and side.gini,
-            "smallest": side and side.smallest,
-            "largest": side and side.largest[0],
-        }
+    audit = safeft.audit(model, tokenizer, harmful, benign, max_new_tokens=14)
+    side = audit.refusal
+    row["audit"] = {
+        "verdict": audit.verdict,
+        "reason": audit.reason,
+        "effective": side and side.effective,
+        "gini": side and side.gini,
+        "smallest": side and side.smallest,
+        "largest": side and side.largest[0],
+    }
     return row
 
 

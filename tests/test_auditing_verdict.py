@@ -29,8 +29,8 @@ def judged(names: int, left: int, damage: float = 0.0, chance: float = 0.0) -> J
     refused = [n < left for n in range(COUNT)]
     outcome = Outcome(Rate.of(left, COUNT), Rate.of(0, COUNT), 1.0 + damage, 1.0)
     controls = (1.0, 1.0 - chance)
-    trial = Trial(tuple(f"A{n}" for n in range(names)), "zero", None, outcome, controls)
-    return Judged(trial, damage, *taken(refused, corrected(T, 64)), chance)
+    trial = Trial(tuple(f"A{n}" for n in range(names)), "zero", None, outcome, controls, damage)
+    return Judged(trial, *taken(refused, corrected(T, 64)), chance)
 
 
 def said(singles: list[Judged], groups: list[Judged], units: int = 5000) -> tuple[str, str]:

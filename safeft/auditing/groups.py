@@ -124,10 +124,12 @@ class Judging:
         names = tuple(member.name for member in members)
         done = self.journal.once(f"{self.name}/group/{','.join(names)}", lambda: self._run(members))
         outcome = Outcome.from_dict(done["outcome"])
-        trial = Trial(names, done["kind"], done["strength"], outcome, tuple(done["controls"]))
+        damage = self.damage(outcome)
+        kind, strength, controls = done["kind"], done["strength"], tuple(done["controls"])
+        trial = Trial(names, kind, strength, outcome, controls, damage)
         share, interval = taken(done["refused"], self.confidence)
         chance = 1 - min(trial.controls, default=1.0)
-        return Judged(trial, self.damage(outcome), share, interval, chance)
+        return Judged(trial, share, interval, chance)
 
     def _run(self, members: Sequence[Member]) -> dict[str, Any]:
         units = [member.unit for member in members]

@@ -136,6 +136,9 @@ class Trial:
             own.
         outcome: Of the model under it.
         controls: Share still refused under as many random neurons of the same layers, one a draw.
+        damage: How much worse the model speaks under it, in nats a token: the larger rise of its
+            loss on benign answers and of the untouched model's loss on what it now says to harmful
+            prompts, past the opening.
     """
 
     names: tuple[str, ...]
@@ -143,6 +146,7 @@ class Trial:
     strength: float | None
     outcome: Outcome
     controls: tuple[float, ...] = ()
+    damage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -313,6 +317,7 @@ def _trial(data: Mapping[str, Any]) -> Trial:
         data["strength"],
         Outcome.from_dict(data["outcome"]),
         tuple(data["controls"]),
+        data["damage"],
     )
 
 

@@ -10,7 +10,6 @@ from safeft.report.audit_words import (
     HEADLINES,
     LIMITS,
     Figure,
-    damage,
     figures,
     intervention,
     place,
@@ -99,7 +98,7 @@ def _of_side(about: str, side: Side, result: AuditResult) -> dict[str, Any]:
 
 
 def _trial(name: str, trial: Trial, result: AuditResult) -> dict[str, Any]:
-    rate, cost = trial.outcome.refusal, damage(trial, result.base)
+    rate, cost = trial.outcome.refusal, trial.damage
     return {
         "name": name,
         "intervention": intervention(trial),

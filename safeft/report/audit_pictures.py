@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from safeft.auditing.result import AuditResult, Candidate, Distribution, Side, Trial
-from safeft.report.audit_words import damage, sides
+from safeft.report.audit_words import sides
 from safeft.report.plots import svg
 
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -125,7 +125,7 @@ def removal_curve(about: str, side: Side, result: AuditResult) -> str:
             places, [r.value for r in rates], yerr=ends, color=shade, marker="o", markersize=4,
             linewidth=1.8, capsize=2, elinewidth=1, label=f"strongest neurons, {kind}", zorder=3,
         )  # fmt: skip
-        costs = [damage(trial, result.base) for trial in trials]
+        costs = [trial.damage for trial in trials]
         below.plot(places, costs, color=shade, marker="o", markersize=3, linewidth=1.4)
     draws = [(at[len(t.names)], share) for t in side.trials for share in t.controls]
     if draws:
@@ -151,8 +151,8 @@ def removal_curve(about: str, side: Side, result: AuditResult) -> str:
         figure,
         f"{about}-removal",
         f"{about.capitalize()} left against neurons weakened",
-        f"Neurons weakened, and {about} left: {', '.join(said)}. Below, the rise of the loss on "
-        "benign answers; above the dashed line the model no longer speaks.",
+        f"Neurons weakened, and {about} left: {', '.join(said)}. Below, the damage; "
+        "above the dashed line the model no longer speaks.",
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from safeft.auditing.result import AuditResult, Effect, Neuron, Side, Thresholds, Trial
 from safeft.auditing.verdict import few_units
-from safeft.causal.effect import Outcome
 from safeft.intervals import Interval, Rate
 
 HEADLINES: Mapping[str, str] = {
@@ -199,11 +198,6 @@ def intervention(what: Effect | Trial) -> str:
         'constant -2'
     """
     return what.kind if what.strength is None else f"{what.kind} {what.strength:g}"
-
-
-def damage(trial: Trial, base: Outcome) -> float:
-    """What a trial costs on benign answers, in nats a token."""
-    return trial.outcome.benign_loss - base.benign_loss
 
 
 def data_sets(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
