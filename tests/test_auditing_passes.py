@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from safeft.auditing.passes import Edit, Passes, Way
@@ -102,6 +103,12 @@ def test_other_layouts_too_by_whatever_way_they_allow(
     whole = [block for block, way in passes.ways.items() if way.start == "start"]
     assert whole == ([1, 2, 3] if name == "gemma4_small" else [])
     assert ("whole passes, which takes longer" in caplog.text) == bool(whole)
+
+
+def test_adapters_count() -> None:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    passes = check(get_peft_model(tiny_model(num_hidden_layers=3), config).eval(), True)
+    assert {way.start for way in passes.ways.values()} == {"unit"}
 
 
 @pytest.mark.parametrize("start", ["unit", "block", "start"])

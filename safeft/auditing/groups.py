@@ -18,6 +18,7 @@ from safeft.auditing.result import Candidate, Kind, Thresholds, Trial
 from safeft.auditing.verdict import Judged, taken
 from safeft.causal.effect import Outcome
 from safeft.causal.trials import Change, Trials
+from safeft.intervals import Rate
 from safeft.locators.scores import SIDES, Side
 from safeft.progress import progress
 from safeft.prompts import Batch
@@ -124,7 +125,7 @@ class Judging:
         names = tuple(member.name for member in members)
         done = self.journal.once(f"{self.name}/group/{','.join(names)}", lambda: self._run(members))
         outcome = Outcome.from_dict(done["outcome"])
-        damage = self.damage(outcome)
+        damage = self.damage(outcome.benign_loss, outcome.answer_loss)
         kind, strength, controls = done["kind"], done["strength"], tuple(done["controls"])
         trial = Trial(names, kind, strength, outcome, controls, damage)
         share, interval = taken(done["refused"], self.confidence)
@@ -135,21 +136,26 @@ class Judging:
         units = [member.unit for member in members]
         own = self._natural(units)
         changes = [self._change(units, kind, strength, own) for kind, strength in PLAN]
-        speaks, below = zip(*(self._foreseen(change) for change in changes), strict=True)
+        losses, below = zip(*(self._foreseen(change) for change in changes), strict=True)
+        speaks = [
+            self.damage(loss, self.base.answer_loss) <= self.thresholds.broken for loss in losses
+        ]
         order = sorted(range(len(PLAN)), key=lambda n: (speaks[n], below[n]), reverse=True)
-        tried: list[tuple[int, Outcome, list[bool]]] = []
+        tried: dict[int, tuple[list[bool], float]] = {}
+
+        def sound(way: int) -> bool:
+            return self.damage(losses[way], tried[way][1]) <= self.thresholds.broken
+
         for way in order:
-            sound = any(self.damage(each) <= self.thresholds.broken for _, each, _ in tried)
-            if tried and (not speaks[way] or (sound and below[way] < self.thresholds.halved)):
+            enough = any(map(sound, tried)) and below[way] < self.thresholds.halved
+            if tried and (enough or not speaks[way]):
                 break
-            tried.append((way, *self.trials.run(self.own, changes[way])))
-
-        def gain(found: tuple[int, Outcome, list[bool]]) -> tuple[bool, int, float]:
-            _, outcome, refused = found
-            damage = self.damage(outcome)
-            return damage <= self.thresholds.broken, -sum(refused), -damage
-
-        way, outcome, refused = max(tried, key=gain)
+            tried[way] = self.trials.replied(changes[way])
+        way = max(tried, key=lambda n: (sound(n), -sum(tried[n][0]), -losses[n]))
+        refused, odd = tried[way]
+        over = self.trials.judged("benign", self.trials.answers("benign", changes[way]))
+        rates = Rate.of(sum(refused), len(refused)), Rate.of(sum(over), len(over))
+        outcome = Outcome(*rates, losses[way], odd)
         kind, strength = PLAN[way]
         controls = []
         for draw in range(DRAWS):
@@ -168,21 +174,18 @@ class Judging:
             "controls": controls,
         }
 
-    def damage(self, outcome: Outcome) -> float:
+    def damage(self, benign_loss: float, answer_loss: float) -> float:
         """How much worse the model speaks, in nats a token.
 
         The larger rise of two: of its loss on benign answers, and of the untouched model's loss on
         what it now says to harmful prompts, past the opening (babble is no compliance).
         """
-        base = self.base
-        benign = outcome.benign_loss - base.benign_loss
-        return max(benign, outcome.answer_loss - base.answer_loss)
+        return max(benign_loss - self.base.benign_loss, answer_loss - self.base.answer_loss)
 
-    def _foreseen(self, change: Change) -> tuple[bool, float]:
-        """Whether it speaks on benign prompts, and the share of margins below the line."""
-        damage = self.trials.loss(self.own, change) - self.base.benign_loss
+    def _foreseen(self, change: Change) -> tuple[float, float]:
+        """The loss on benign answers, and the share of margins below the line."""
         margins = self.passes.under(lambda numbers: change("harmful", numbers))
-        return damage <= self.thresholds.broken, float((margins < self.line).double().mean())
+        return self.trials.loss(self.own, change), float((margins < self.line).double().mean())
 
     def _natural(self, units: Sequence[Unit]) -> dict[Side, Tensor]:
         model = self.trials.model

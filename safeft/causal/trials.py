@@ -97,12 +97,19 @@ class Trials:
             own: The untouched model's answers to the benign prompts.
             change: What is done to the model; None leaves it as it is.
         """
-        replies, served = self.answers("harmful", change), self.answers("benign", change)
-        loss = self.loss(own, change)
-        odd = answer_loss(self.model, self.batches("harmful", replies), second_half=True)
-        refused, over = self.judged("harmful", replies), self.judged("benign", served)
+        refused, odd = self.replied(change)
+        over = self.judged("benign", self.answers("benign", change))
         rates = Rate.of(sum(refused), len(refused)), Rate.of(sum(over), len(over))
-        return Outcome(*rates, loss, odd), refused
+        return Outcome(*rates, self.loss(own, change), odd), refused
+
+    def replied(self, change: Change | None = None) -> tuple[list[bool], float]:
+        """For each harmful prompt whether it is refused, and the answers' loss.
+
+        The loss is the untouched model's, of their second halves: how odd they are.
+        """
+        replies = self.answers("harmful", change)
+        odd = answer_loss(self.model, self.batches("harmful", replies), second_half=True)
+        return self.judged("harmful", replies), odd
 
     def answers(self, side: Side, change: Change | None = None) -> list[list[int]]:
         """Greedy answers, each with the token that ends it: an empty one has to count as one."""
