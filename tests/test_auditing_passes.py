@@ -132,7 +132,7 @@ def test_blocks_below_the_edited_one_are_not_run() -> None:
         mlp = model.model.layers[number].mlp
         mlp.register_forward_hook(lambda _, x, y, seen=seen: seen.append(len(x[0])))
     chunk = passes.chunks([edit] * 5)[0]
-    passes._kept = None
+    passes._kept = {}
     passes.run(chunk, [edit] * 5)
     count = len(passes._numbers[chunk.batch])
     assert rows == {0: [count], 2: [count, count], 3: [count, 5 * count]}

@@ -69,6 +69,9 @@ class Way:
     trimmed: bool
 
 
+_TRIED = 2
+"""Prompts on which a way is tried."""
+
 _WHOLE = Way("start", False)
 _WAYS = (Way("unit", True), Way("unit", False), Way("block", True), Way("block", False))
 
@@ -113,15 +116,20 @@ class Passes:
             if _inside(name, path)
         }
         self._numbers = [list(numbers) for numbers, _ in batches]
-        self._longest = max(range(len(batches)), key=lambda n: batches[n][1].input_ids.shape[1])
-        self._kept: tuple[int, list[Below]] | None = None
+        self._kept: dict[int, list[Below]] = {}
         self.ways: dict[int, Way] = {}
-        self.together = True
-        of_longest = [(self._numbers[self._longest], batches[self._longest][1])]
-        if len(apart := _all_readings(openings, of_longest, model.dtype, False)[0]) > 1:
-            (one,) = _all_readings(openings, of_longest, model.dtype, True)
-            self.together = self._agree(lambda: self._plain(one), lambda: self._plain(apart))
-        self._readings = _all_readings(openings, batches, model.dtype, self.together)
+        # On the longest prompts it shows best what a model does not allow (windows of attention).
+        place = max(range(len(batches)), key=lambda n: batches[n][1].input_ids.shape[1])
+        few = _last(batches[place][1], _TRIED)
+        apart = readings(openings, few, model.dtype, False)
+        one = readings(openings, few, model.dtype, True)
+        self.together = self._agree(lambda: self._plain(one), lambda: self._plain(apart))
+        self._readings = [
+            readings(openings, batch, model.dtype, self.together) for _, batch in batches
+        ]
+        self._tried = len(batches)  # one more batch, to try ways on
+        self._rows = [*self._numbers, self._numbers[place][-_TRIED:]]
+        self._passed = [*self._readings, one if self.together else apart]
 
     def base(self) -> Tensor:
         """The margins without an edit, float64 ``(prompts,)``."""
@@ -189,18 +197,18 @@ class Passes:
         """The quickest way into a block that gives what whole passes give."""
         in_block = [name for name, number in self._block_of.items() if number == block]
         dense = len(in_block) == 1 and self._sites[in_block[0]].writes.expert is None
-        batch, last = self._longest, len(self._blocks) - 1
+        last = len(self._blocks) - 1
         expected: list[Tensor] = []
 
         def whole() -> Tensor:
             if not expected:
-                expected.append(self._edited(batch, block, edits, _WHOLE))
+                expected.append(self._edited(self._tried, block, edits, _WHOLE))
             return expected[0]
 
         for way in _WAYS:
             if not dense and (way.start == "unit" or (way.trimmed and block == last)):
                 continue  # tokens of experts are found by their places, which have to be all there
-            if self._agree(lambda way=way: self._edited(batch, block, edits, way), whole):
+            if self._agree(lambda way=way: self._edited(self._tried, block, edits, way), whole):
                 return way
         logger.warning(
             "Passes of this %s model cannot go on from block %d: its margins came out otherwise "
@@ -218,11 +226,11 @@ class Passes:
         return self._model(**inputs, use_cache=False, logits_to_keep=keep).logits
 
     def _edited(self, batch: int, block: int, edits: Sequence[Edit], way: Way) -> Tensor:
-        values = torch.stack([edit.values[self._numbers[batch]] for edit in edits])
+        values = torch.stack([edit.values[self._rows[batch]] for edit in edits])
         found = []
         with evaluating(self._model):
             below = self._below(batch) if way.start != "start" else []
-            for number, reading in enumerate(self._readings[batch]):
+            for number, reading in enumerate(self._passed[batch]):
                 with ExitStack() as undo:
                     if below:
                         once = way.start == "unit"
@@ -240,17 +248,14 @@ class Passes:
         return refusal_margin(list(torch.cat(found))).view(len(edits), -1)
 
     def _below(self, batch: int) -> list[Below]:
-        """What blocks receive without an edit; of the last batch asked for, no other is kept."""
-        if self._kept is None or self._kept[0] != batch:
-            self._kept = None
-            self._kept = (
-                batch,
-                [
-                    seen_below(self._blocks, partial(self._logits, each.inputs, each.keep))
-                    for each in self._readings[batch]
-                ],
-            )
-        return self._kept[1]
+        """What blocks receive without an edit; no more is kept than of one batch, and the trial."""
+        if batch not in self._kept:
+            self._kept = {n: kept for n, kept in self._kept.items() if n == self._tried}
+            self._kept[batch] = [
+                seen_below(self._blocks, partial(self._logits, each.inputs, each.keep))
+                for each in self._passed[batch]
+            ]
+        return self._kept[batch]
 
     def _added(
         self, edits: Sequence[Edit], values: Tensor, like: Tensor
@@ -280,13 +285,15 @@ class Passes:
         return bare(self._blocks[-1].get_submodule(children.pop()))
 
 
-def _all_readings(
-    openings: Sequence[RefusalOpenings],
-    batches: Sequence[tuple[Sequence[int], Batch]],
-    dtype: torch.dtype,
-    together: bool,
-) -> list[tuple[Reading, ...]]:
-    return [readings(openings, batch, dtype, together) for _, batch in batches]
+def _last(batch: Batch, count: int) -> Batch:
+    """The last prompts of a batch of text."""
+    return Batch(
+        batch.input_ids[-count:],
+        batch.attention_mask[-count:],
+        batch.is_prompt[-count:],
+        batch.is_response[-count:],
+        batch.tail,
+    )
 
 
 def _inside(site: str, block: str) -> bool:
