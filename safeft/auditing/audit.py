@@ -249,8 +249,8 @@ def _check_model(model: PreTrainedModel) -> None:
     if low:
         raise ConfigError(
             f"The model is in {sorted(low)[0]} on a CPU, where that is slow and rounds margins by "
-            "more than single neurons move them. Load it in float32 (dtype='float32'), or put it "
-            "on a GPU."
+            "more than single neurons move them. Load it in float32 (dtype=torch.float32, or "
+            "--dtype float32), or put it on a GPU."
         )
 
 
