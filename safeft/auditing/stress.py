@@ -14,9 +14,11 @@ from safeft.auditing.result import Thresholds
 from safeft.auditing.stressed import NAMES, Level, Name, Strain, StressResult
 from safeft.auditing.subject import Subject
 from safeft.causal.controls import random_controls
+from safeft.causal.trials import Trials
 from safeft.errors import ConfigError, PromptError
 from safeft.fingerprint import ModelFingerprint
 from safeft.locators import prompts_hash
+from safeft.locators.scores import Side
 from safeft.measure import JudgeLike, answered_prompts, ready_judge, some_prompts
 from safeft.neurons import NeuronSet
 from safeft.progress import progress
@@ -33,8 +35,6 @@ STRENGTHS: Mapping[str, Sequence[float]] = {
 }
 """By test, from weak to strong: noise in standard deviations of the matrix, the share of the
 direction that is taken out, bits, and steps of tuning."""
-
-_ASKED = 32
 
 
 def stress(
@@ -99,11 +99,14 @@ def stress(
     if neurons is not None:
         neurons.check_model(model)
         random_controls(neurons, draws, seed)
-    subject = Subject(model, tokenizer, *sides, ready_judge(judge), max_new_tokens, settled)
-    base = subject.level(0.0, subject.own)
+    ready = ready_judge(judge)
+    prompts: Mapping[Side, Sequence[Prompt]] = {"harmful": sides[0], "benign": sides[1]}
+    trials = Trials(model, tokenizer, prompts, ready, max_new_tokens, False, settled)
+    subject = Subject(trials)
+    base = subject.level(0.0)
     if not base.refusal[0].count:
         raise PromptError(
-            f"To the judge {subject.judge.name!r} the model refuses none of the {len(sides[0])} "
+            f"To the judge {ready.name!r} the model refuses none of the {len(sides[0])} "
             "harmful prompts, so nothing can break. Give prompts that it refuses."
         )
     run = _Run(subject, neurons, examples, draws, learning_rate, seed)
@@ -112,10 +115,10 @@ def stress(
     fingerprint = ModelFingerprint.of(model)
     settings = {
         "strengths": {name: list(wanted[name]) for name in names},
-        "draws": draws, "learning_rate": learning_rate, "seed": seed, "judge": subject.judge.name,
+        "draws": draws, "learning_rate": learning_rate, "seed": seed, "judge": ready.name,
         "max_new_tokens": max_new_tokens, "neurons": neurons and neurons.hash,
-        "prompts": {s: {"count": len(p), "sha256": prompts_hash(p)}
-                    for s, p in zip(("harmful", "benign"), sides, strict=True)},
+        "prompts": {side: {"count": len(some), "sha256": prompts_hash(some)}
+                    for side, some in prompts.items()},
     }  # fmt: skip
     described = {
         "name_or_path": fingerprint.name_or_path,
@@ -174,7 +177,7 @@ class _Run:
         }  # fmt: skip
         with closing(states[name](strengths)) as passing:
             for strength, control in progress(passing, f"stress: {name}"):
-                level = self.subject.level(strength, self.subject.own)
+                level = self.subject.level(strength)
                 before = found[control].get(strength)
                 if before is not None:
                     rates = (*before.refusal, *level.refusal)
@@ -183,7 +186,7 @@ class _Run:
         return Strain(name, tuple(found[False].values()), tuple(found[True].values()))
 
     def _noise(self, strengths: Sequence[float]) -> State:
-        parameters = edits.matrices(self.subject.model)
+        parameters = edits.matrices(self.subject.trials.model)
         with edits.kept(parameters) as give_back:
             for strength in strengths:
                 for draw in range(self.draws):
@@ -193,7 +196,7 @@ class _Run:
 
     def _noisy_neurons(self, strengths: Sequence[float]) -> State:
         assert self.neurons is not None
-        model = self.subject.model
+        model = self.subject.trials.model
         others = [
             NeuronSet.of(model, units)
             for units in random_controls(self.neurons, self.draws, self.seed)
@@ -207,13 +210,13 @@ class _Run:
                         give_back()
 
     def _directions(self, strengths: Sequence[float]) -> State:
-        parameters, dims = edits.writers(self.subject.model)
+        parameters, dims = edits.writers(self.subject.trials.model)
         with edits.kept(parameters) as give_back:
             candidates = self.subject.directions()
             left = []
             for direction in candidates:
                 edits.take_out(parameters, dims, direction, 1.0)
-                left.append(self.subject.refused(self.subject.harmful[:_ASKED]).value)
+                left.append(self.subject.refused_of_some().value)
                 give_back()
             # Of equals the one in the middle: the first blocks have hardly read the prompt.
             middle = (len(candidates) - 1) / 2
@@ -230,17 +233,17 @@ class _Run:
         return direction / direction.norm()
 
     def _rounding(self, strengths: Sequence[float]) -> State:
-        with edits.kept(edits.matrices(self.subject.model)) as give_back:
+        with edits.kept(edits.matrices(self.subject.trials.model)) as give_back:
             for bits in strengths:
-                edits.round_weights(self.subject.model, int(bits))
+                edits.round_weights(self.subject.trials.model, int(bits))
                 yield bits, False
                 give_back()
 
     def _tuning(self, strengths: Sequence[float]) -> State:
         assert self.examples is not None
-        model, tokenizer = self.subject.model, self.subject.tokenizer
+        model, tokenizer = self.subject.trials.model, self.subject.trials.tokenizer
         settings: dict[str, Any] = {
-            **self.subject.batching, "batch_size": 8, "seed": self.seed,
+            **self.subject.trials.batching, "batch_size": 8, "seed": self.seed,
             "learning_rate": self.learning_rate,
         }  # fmt: skip
         numbers = [int(strength) for strength in strengths]
