@@ -44,16 +44,15 @@ def test_demo(few_prompts: None, tmp_path: Path, capsys) -> None:
     assert not safeft.verify(world.MODEL_PATH, tmp_path / "protected", held.at_random()).exact
 
 
-def test_demo_of_neurons_alone(few_prompts: None, tmp_path: Path) -> None:
-    given = ["--steps", "8", "--fractions", "0.1", "--energy", "0", "--hold", "norms"]
-    assert main(["demo", "--output_dir", str(tmp_path), *given]) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
-    arms = [row["arm"] for row in result["rows"]]
-    assert arms == ["plain", "nothing located", "random neurons, 10%", "located neurons, 10%"]
-    neurons = safeft.NeuronSet.from_pretrained(tmp_path / "held")
-    tuned = tmp_path / "protected"
-    assert safeft.verify(world.MODEL_PATH, tuned, neurons, hold=["norms"]).exact
-    assert not safeft.verify(world.MODEL_PATH, tuned, neurons, mode="train_only").exact
+def test_arms_of_neurons_alone() -> None:
+    settings = experiment.Settings(energy=None, fractions=(0.1,), hold=("norms",))
+    arms = list(experiment._arms(*experiment.load(), settings, 0))
+    assert [(arm.name, arm.is_protected, arm.hold) for arm in arms] == [
+        ("plain", False, ()),
+        ("nothing located", False, ("norms",)),
+        ("random neurons, 10%", False, ("norms",)),
+        ("located neurons, 10%", True, ("norms",)),
+    ]
 
 
 @pytest.mark.parametrize(
