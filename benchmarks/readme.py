@@ -1,7 +1,7 @@
-"""Write the figures of the README from the files under ``benchmarks/results``.
+"""Write the figures of the two READMEs from the files under ``benchmarks/results``.
 
 python benchmarks/readme.py            # rewrite the marked blocks
-python benchmarks/readme.py --check    # exit code 1 if the README says something else
+python benchmarks/readme.py --check    # exit code 1 if one says something else
 """
 
 from __future__ import annotations
@@ -378,15 +378,13 @@ def frontier_picture() -> str:
     return picture(replace(whole, title="", runs=runs))
 
 
+PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+_BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
 def filled(text: str) -> str:
-    """The README with every marked block made anew."""
-    for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README has no block {name!r}")
-        block = make()
-        text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
-    return text
+    """A page with every marked block made anew."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{BLOCKS[found[2]]()}\n{found[3]}", text)
 
 
 def main() -> int:
@@ -394,12 +392,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
-    readme = ROOT / "README.md"
-    wanted = {readme: filled(readme.read_text())}
+    wanted = {page: filled(page.read_text()) for page in PAGES}
     wanted[RESULTS / "frontier.svg"] = frontier_picture() + "\n"
     # Another matplotlib may lay the picture out otherwise; the figures may not differ.
     if given.check:
-        return int(readme.read_text() != wanted[readme])
+        return int(any(page.read_text() != wanted[page] for page in PAGES))
     for path, text in wanted.items():
         path.write_text(text)
     return 0
