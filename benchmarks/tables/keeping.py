@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from frontier import markdown as frontier
 from frontier.results import Results
 from frontier.training import Settings
@@ -47,6 +50,93 @@ def whole() -> str:
             title = f"{data['settings']['testbed']}, {data['settings']['domain']}, {tuning} tuning"
             parts.append(f"**{title}**\n\n{frontier.whole(data, tuning)}")
     return "\n\n".join(parts) + f"\n\n{frontiers()[0]['rule']}"
+
+
+POISONED = "frontier_demo_desk_10.json"
+
+
+def poisoned() -> str:
+    """Harmful answers among the rows: refusals over the steps, and how many break plain tuning."""
+    data = load(POISONED)
+    parts = []
+    for tuning in frontier.reported(data):
+        broken = _breaks(data, tuning)
+        share = data["settings"]["poison"]
+        heads = [f"{_TUNINGS[tuning]}, {share:.0%} harmful answers", f"refused after {broken:.0f} steps",
+                 f"after {3 * broken:.0f}", f"after {data['settings']['steps']}", "benign refused",
+                 "domain", "knob, rate"]  # fmt: skip
+        rows = []
+        for row in data["rows"]:
+            if row["tuning"] != tuning:
+                continue
+            measures = {name: Spread(**found) for name, found in row["measures"].items()}
+            rows.append(
+                [
+                    row["method"],
+                    *(
+                        str(Spread.of(_refused_after(data, tuning, row["method"], times * broken)))
+                        for times in (1, 3)
+                    ),
+                    *(str(measures[name]) for name in ("refusal", "over_refusal")),
+                    str(measures[frontier.learnt(measures)]),
+                    f"{row['value']:g}, {row['learning_rate']:.1g}",
+                ]
+            )
+        parts.append(markdown(heads, rows))
+    before = frontier.before_tuning(data)
+    parts.append(
+        f"Before tuning {before['refusal']:.2f} are refused. Plain tuning is broken where it has "
+        "lost half of that; between two looks refusal is taken as a line. "
+        f"{_seeds(data)} seeds. `{data['command'].split(' --methods')[0]}`"
+    )
+    return "\n\n".join(parts)
+
+
+_TUNINGS = {"full": "full tuning", "lora": "LoRA"}
+
+
+def _breaks(data: Mapping[str, Any], tuning: str) -> float:
+    """The step at which plain tuning has lost half of the refusals, mean over seeds."""
+    base = frontier.before_tuning(data)["refusal"]
+    found = []
+    for curve in _curves(data, tuning, "plain"):
+        for one, other in pairwise(curve):
+            if other["refusal"] <= base / 2:
+                over = (one["refusal"] - base / 2) / (one["refusal"] - other["refusal"])
+                found.append(one["step"] + over * (other["step"] - one["step"]))
+                break
+    return fmean(found)
+
+
+def _refused_after(data: Mapping[str, Any], tuning: str, method: str, step: float) -> list[float]:
+    """Share refused at a step, by seed."""
+    return [
+        float(np.interp(step, [p["step"] for p in curve], [p["refusal"] for p in curve]))
+        for curve in _curves(data, tuning, method)
+    ]
+
+
+def _curves(data: Mapping[str, Any], tuning: str, method: str) -> list[list[dict[str, float]]]:
+    chosen = data["chosen"][tuning][method]
+    wanted = {"method": method, "tuning": tuning, "split": "test", **chosen}
+    return [r["curve"] for r in data["runs"] if {k: r.get(k) for k in wanted} == wanted]
+
+
+def reinforced() -> str:
+    """Reinforcement on harmless prompts, with directions held and without."""
+    data = load("reinforced.json")
+    names = ("refusal", "refusal_margin", "over_refusal", "reward", "general_accuracy")
+    heads = ["reinforced", "refused", "by the second judge", "benign refused", "reward", "general"]
+    rows = [["before", *(f"{data['before'][name]:.2f}" for name in names)]]
+    for arm in dict.fromkeys(row["arm"] for row in data["rows"]):
+        runs = [row["measures"] for row in data["rows"] if row["arm"] == arm]
+        rows.append([arm, *(str(Spread.of([run[name] for run in runs])) for name in names)])
+    settings = data["settings"]
+    return (
+        f"{markdown(heads, rows)}\n\n{settings['seeds']} seeds of {settings['steps']} steps of "
+        "TRL's GRPO; the reward is for long answers that are no refusals, on harmless prompts "
+        f"alone. Directions at energy {settings['energy']:g}. `{data['command']}`"
+    )
 
 
 def neurons_alone() -> str:

@@ -131,3 +131,66 @@ def families() -> str:
         + f"). `{found['command']}`"
     )
     return f"{markdown(['families', 'a unit reads → writes'], rows)}\n\n{note}"
+
+
+def directions() -> str:
+    """What holding directions costs, and how exact it is."""
+    found = load("directions.json")
+    heads = [
+        "AdamW, weight decay",
+        "full",
+        "LoRA",
+        "full, without the pin",
+        "LoRA, without the pin",
+    ]
+    rows = []
+    for engine in dict.fromkeys(row["engine"] for row in found["long"]):
+        cells = []
+        for pinned in (True, False):
+            for tuning in ("full", "lora"):
+                (row,) = [
+                    row
+                    for row in found["long"]
+                    if (row["engine"], row["tuning"], row["pinned"]) == (engine, tuning, pinned)
+                ]
+                cells.append("stopped: W U moved" if row["error"] else f"{row['largest']:.1e}")
+        steps = found["long"][0]["steps"]
+        rows.append([f"{engine}, {steps:,} steps: largest relative change of W U", *cells])
+    parts = [markdown(heads, rows)]
+    heads = ["step time with / without, tokens a step over the width", "10% of the rank", "25%"]
+    cost = found["cost"]
+    rows = [
+        [
+            f"{'LoRA' if tuning == 'lora' else 'full'}, {over:.0f}",
+            *(
+                f"{row['ratio_median']:.2f}"
+                for share in (0.1, 0.25)
+                for row in cost["rows"]
+                if (row["tuning"], row["tokens_over_width"], row["share"]) == (tuning, over, share)
+            ),
+        ]
+        for tuning in ("full", "lora")
+        for over in sorted({row["tokens_over_width"] for row in cost["rows"]})
+    ]
+    parts.append(markdown(heads, rows))
+    heads = ["GiB, float32", "bases, in every process", "W U, cut like the weights", "on disk",
+             "statistics while locating"]  # fmt: skip
+    rows = [
+        [
+            f"{row['model']}, {row['share']:.0%} of the rank",
+            f"{row['bases']:.1f}",
+            f"{row['targets']:.1f}",
+            f"{row['artefact']:.1f}",
+            f"{row['statistics']:.0f}, or {row['statistics_at_least']:.1f} in many passes",
+        ]
+        for row in found["memory"]["rows"]
+    ]
+    parts.append(markdown(heads, rows))
+    locating = found["locating"]
+    speed, seconds = locating["pass_over_bare"]["ratio_median"], locating["eigenvectors_seconds"]
+    parts.append(
+        f"Locating takes {1 / speed:.2f} of the tokens a second of a bare forward pass, and its "
+        f"eigenvectors {seconds:.1f} s. `{found['command']}` ({found['machine']}; width {cost['width']}, {cost['layers']} "
+        "layers; sizes computed from shapes, checked against a real pin)"
+    )
+    return "\n\n".join(parts)
