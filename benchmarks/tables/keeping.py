@@ -62,9 +62,11 @@ def poisoned() -> str:
     for tuning in frontier.reported(data):
         broken = _breaks(data, tuning)
         share = data["settings"]["poison"]
-        heads = [f"{_TUNINGS[tuning]}, {share:.0%} harmful answers", f"refused after {broken:.0f} steps",
-                 f"after {3 * broken:.0f}", f"after {data['settings']['steps']}", "benign refused",
-                 "domain", "knob, rate"]  # fmt: skip
+        heads = [
+            f"{_TUNINGS[tuning]}, {share:.0%} harmful answers",
+            *(f"refused after {steps:.0f} steps" for steps in (broken, 3 * broken)),
+            f"after {data['settings']['steps']}", "benign refused", "domain", "knob, rate",
+        ]  # fmt: skip
         rows = []
         for row in data["rows"]:
             if row["tuning"] != tuning:

@@ -190,7 +190,8 @@ def directions() -> str:
     speed, seconds = locating["pass_over_bare"]["ratio_median"], locating["eigenvectors_seconds"]
     parts.append(
         f"Locating takes {1 / speed:.2f} of the tokens a second of a bare forward pass, and its "
-        f"eigenvectors {seconds:.1f} s. `{found['command']}` ({found['machine']}; width {cost['width']}, {cost['layers']} "
-        "layers; sizes computed from shapes, checked against a real pin)"
+        f"eigenvectors {seconds:.1f} s. `{found['command']}` ({found['machine']}; width "
+        f"{cost['width']}, {cost['layers']} layers; sizes computed from shapes, checked "
+        "against a real pin)"
     )
     return "\n\n".join(parts)
