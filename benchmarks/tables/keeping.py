@@ -52,6 +52,45 @@ def whole() -> str:
     return "\n\n".join(parts) + f"\n\n{frontiers()[0]['rule']}"
 
 
+_ADVICE = (
+    ("harmless domain data, all weights", "frontier_demo_desk_0.json", "full", "subspace"),
+    ("the same, LoRA, three times the steps", "frontier_demo_desk_0_long.json", "lora",
+     "subspace, 10% refusals"),
+    ("public text (GSM8K), all weights", "frontier_public_gsm8k_0.json", "full", "subspace"),
+    ("the same, LoRA", "frontier_public_gsm8k_0.json", "lora", "subspace, 10% refusals"),
+)  # fmt: skip
+"""What is tuned on; and of which file, tuning and method the figures are."""
+
+
+def advice() -> str:
+    """What to hold for which data, what it keeps and what it costs."""
+    heads = ["you tune on", "refused before", "after plain tuning", "hold", "then refused",
+             "benign refused", "domain accuracy (plain)", "step time"]  # fmt: skip
+    rows = []
+    for label, name, tuning, method in _ADVICE:
+        data = load(name)
+        found = {row["method"]: row for row in data["rows"] if row["tuning"] == tuning}
+        plain, ours = (
+            {key: Spread(**spread) for key, spread in found[each]["measures"].items()}
+            for each in ("plain", method)
+        )
+        accuracy = frontier.learnt(ours)
+        mixed = "".join(method.partition(", ")[1:])
+        rows.append(
+            [
+                label,
+                f"{frontier.before_tuning(data)['refusal']:.2f}",
+                str(plain["refusal"]),
+                f"directions, energy {found[method]['value']:g}{mixed}",
+                str(ours["refusal"]),
+                f"{ours['over_refusal'].mean:.2f}",
+                f"{ours[accuracy].mean:.2f} ({plain[accuracy].mean:.2f})",
+                f"{found[method]['seconds_a_step_ratio']:.2f}",
+            ]
+        )
+    return markdown(heads, rows)
+
+
 POISONED = "frontier_demo_desk_10.json"
 
 
