@@ -54,7 +54,7 @@ def whole() -> str:
 
 _ADVICE = (
     ("harmless domain data, all weights", "frontier_demo_desk_0.json", "full", "subspace"),
-    ("the same, LoRA, three times the steps", "frontier_demo_desk_0_long.json", "lora",
+    ("the same, LoRA, twice the steps", "frontier_demo_desk_0_long.json", "lora",
      "subspace, 10% refusals"),
     ("public text (GSM8K), all weights", "frontier_public_gsm8k_0.json", "full", "subspace"),
     ("the same, LoRA", "frontier_public_gsm8k_0.json", "lora", "subspace, 10% refusals"),
