@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safeft.causal import validate as validate
     from safeft.causal.effect import CausalEffect as CausalEffect
+    from safeft.detox.dampener import Dampener as Dampener
     from safeft.errors import SafeftError as SafeftError
     from safeft.evaluation import Evaluation as Evaluation
     from safeft.evaluation import evaluate as evaluate
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CausalEffect": "safeft.causal.effect",
     "Certificate": "safeft.freeze.certificate",
+    "Dampener": "safeft.detox.dampener",
     "Evaluation": "safeft.evaluation",
     "Judge": "safeft.judge",
     "NeuronSet": "safeft.neurons",

@@ -23,7 +23,7 @@ LAYERS = (
     ("generation", "reading"),
     ("locators", "measure"),
     ("freeze", "evaluation", "causal"),
-    ("auditing", "monitor"),
+    ("auditing", "detox", "monitor"),
     ("report",),
     ("grid",),
     ("demo", "shield"),

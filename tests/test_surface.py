@@ -18,6 +18,7 @@ PACKAGE = Path(safeft.__file__).parent
 NAMES = {
     "CausalEffect",
     "Certificate",
+    "Dampener",
     "Evaluation",
     "Judge",
     "NeuronSet",

@@ -1,0 +1,123 @@
+"""The counterfactual check: each unit muted on its own, and kept only if that pays.
+
+Expertise is correlation: a unit may know of toxicity and write nothing of it, or write much else.
+Toxicity is measured here by how likely the model finds toxic texts, not by judged continuations:
+one unit of thousands changes few greedy answers, and the loss on given texts moves with every one.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from safeft.capture import silence
+from safeft.detox.dampener import Dampener
+from safeft.detox.losses import Texts
+from safeft.errors import ConfigError, SelectionError
+from safeft.progress import progress
+from safeft.prompts import PromptLike, Reader
+from safeft.sites import find_sites
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What muting one unit does.
+
+    Attributes:
+        site: The site.
+        unit: The unit.
+        toxic_rise: By how much the mean loss of a toxic text rises, nats a token.
+        error: Its standard error over the texts.
+        neutral_rise: By how much that of a neutral text rises: what it costs.
+        pays: Whether the unit is kept in the dampener.
+    """
+
+    site: str
+    unit: int
+    toxic_rise: float
+    error: float
+    neutral_rise: float
+    pays: bool
+
+
+def keep_paying(
+    model: PreTrainedModel,
+    tokenizer: Reader,
+    dampener: Dampener,
+    toxic: Iterable[PromptLike],
+    neutral: Iterable[PromptLike],
+    *,
+    price: float = 0.5,
+    errors: float = 1.645,
+    **batching: Any,
+) -> tuple[Dampener, list[Trial]]:
+    """Mute every unit of a dampener on its own; keep those that pay.
+
+    A unit pays if toxic texts become less likely by more than chance over the texts explains
+    (``toxic_rise`` above ``errors`` standard errors), and neutral ones by at most ``price`` of
+    that. One pass over the texts a unit.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        dampener: The units; gains are kept as they are.
+        toxic: Toxic texts, best none that the units were found with.
+        neutral: Neutral texts, likewise.
+        price: Nats a neutral token may cost for each nat a toxic token is made less likely.
+        errors: Standard errors; 1.645 is 95%, one-sided.
+        **batching: ``batch_size`` (16), ``max_length``, ``chat_template``.
+
+    Returns:
+        The dampener of those that pay, and what was seen of each unit.
+
+    Raises:
+        ConfigError: A price or errors below 0, or fewer than 8 toxic texts.
+        SelectionError: No unit pays.
+
+    Example:
+        >>> kept, trials = keep_paying(model, tokenizer, dampener, toxic, neutral)
+        ... # doctest: +SKIP
+    """
+    if price < 0 or errors < 0:
+        raise ConfigError(f"price={price}, errors={errors}: give 0 or more.")
+    dampener.neurons.check_model(model, weights_too=False)
+    texts = [Texts.of(model, tokenizer, side, **batching) for side in (toxic, neutral)]
+    before = [text.losses(model) for text in texts]
+    if len(before[0][0]) < 8:
+        raise ConfigError(
+            f"{len(before[0][0])} toxic texts cannot tell an effect from chance. Give 8 or more; "
+            "some 50 are usual."
+        )
+    sites = find_sites(model)
+    units = [(name, unit) for name, mine in dampener.neurons.indices.items() for unit in mine]
+    trials = []
+    for name, unit in progress(units, "muting units", len(units)):
+        with silence(model, {name: (unit,)}, sites):
+            after = [text.losses(model) for text in texts]
+        rises = [
+            (now - was) / counts.clamp(min=1)
+            for (was, counts), (now, _) in zip(before, after, strict=True)
+        ]
+        rise, cost = (float(each.mean()) for each in rises)
+        error = float(rises[0].std()) / len(rises[0]) ** 0.5
+        trials.append(
+            Trial(name, unit, rise, error, cost, rise > errors * error and cost <= price * rise)
+        )
+    kept: dict[str, set[int]] = {}
+    for trial in trials:
+        if trial.pays:
+            kept.setdefault(trial.site, set()).add(trial.unit)
+    if not kept:
+        best = max(trials, key=lambda trial: trial.toxic_rise)
+        raise SelectionError(
+            f"None of {len(trials)} units pays: muting the best of them ({best.site}#{best.unit}) "
+            f"makes toxic texts less likely by {best.toxic_rise:.2g} nats a token, and neutral "
+            f"ones by {best.neutral_rise:.2g}. They may know of toxicity and do nothing about it."
+        )
+    return dampener.only(kept), trials
+
+
+def rows_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:
+    """Trials for JSON."""
+    return [asdict(trial) for trial in trials]
