@@ -17,6 +17,7 @@ VERBS = {
     "validate": "check that refusal hangs on them, against random sets of equal size",
     "sft": "supervised fine-tuning (all of `trl sft`) with the neurons frozen",
     "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
+    "detox": "find the units that drive toxic output, turn them down, in the weights too",
     "verify": "compare base and tuned weights, bit by bit",
     "evaluate": "refusal, over-refusal, domain, drift",
     "report": "what finished runs kept of refusal for what they learnt: a page",

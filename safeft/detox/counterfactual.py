@@ -50,13 +50,15 @@ def keep_paying(
     *,
     price: float = 0.5,
     errors: float = 1.645,
+    least: float = 0.01,
     **batching: Any,
 ) -> tuple[Dampener, list[Trial]]:
     """Mute every unit of a dampener on its own; keep those that pay.
 
     A unit pays if toxic texts become less likely by more than chance over the texts explains
-    (``toxic_rise`` above ``errors`` standard errors), and neutral ones by at most ``price`` of
-    that. One pass over the texts a unit.
+    (``toxic_rise`` above ``errors`` standard errors), by at least a share ``least`` of what the
+    best unit reaches, and neutral ones by at most ``price`` of that. One pass over the texts a
+    unit.
 
     Args:
         model: The model.
@@ -66,6 +68,7 @@ def keep_paying(
         neutral: Neutral texts, likewise.
         price: Nats a neutral token may cost for each nat a toxic token is made less likely.
         errors: Standard errors; 1.645 is 95%, one-sided.
+        least: Share of the best unit's effect; many units know of toxicity and do next to nothing.
         **batching: ``batch_size`` (16), ``max_length``, ``chat_template``.
 
     Returns:
@@ -79,8 +82,8 @@ def keep_paying(
         >>> kept, trials = keep_paying(model, tokenizer, dampener, toxic, neutral)
         ... # doctest: +SKIP
     """
-    if price < 0 or errors < 0:
-        raise ConfigError(f"price={price}, errors={errors}: give 0 or more.")
+    if min(price, errors, least) < 0:
+        raise ConfigError(f"price={price}, errors={errors}, least={least}: give 0 or more.")
     dampener.neurons.check_model(model, weights_too=False)
     texts = [Texts.of(model, tokenizer, side, **batching) for side in (toxic, neutral)]
     before = [text.losses(model) for text in texts]
@@ -91,7 +94,7 @@ def keep_paying(
         )
     sites = find_sites(model)
     units = [(name, unit) for name, mine in dampener.neurons.indices.items() for unit in mine]
-    trials = []
+    seen = []
     for name, unit in progress(units, "muting units", len(units)):
         with silence(model, {name: (unit,)}, sites):
             after = [text.losses(model) for text in texts]
@@ -101,19 +104,22 @@ def keep_paying(
         ]
         rise, cost = (float(each.mean()) for each in rises)
         error = float(rises[0].std()) / len(rises[0]) ** 0.5
-        trials.append(
-            Trial(name, unit, rise, error, cost, rise > errors * error and cost <= price * rise)
-        )
+        seen.append((name, unit, rise, error, cost))
+    best = max(rise for _, _, rise, _, _ in seen)
+    trials = []
+    for name, unit, rise, error, cost in seen:
+        pays = rise > errors * error and rise >= least * best and cost <= price * rise
+        trials.append(Trial(name, unit, rise, error, cost, pays))
     kept: dict[str, set[int]] = {}
     for trial in trials:
         if trial.pays:
             kept.setdefault(trial.site, set()).add(trial.unit)
     if not kept:
-        best = max(trials, key=lambda trial: trial.toxic_rise)
+        first = max(trials, key=lambda trial: trial.toxic_rise)
         raise SelectionError(
-            f"None of {len(trials)} units pays: muting the best of them ({best.site}#{best.unit}) "
-            f"makes toxic texts less likely by {best.toxic_rise:.2g} nats a token, and neutral "
-            f"ones by {best.neutral_rise:.2g}. They may know of toxicity and do nothing about it."
+            f"None of {len(trials)} units pays: muting the best ({first.site}#{first.unit}) "
+            f"makes toxic texts less likely by {first.toxic_rise:.2g} nats a token, and neutral "
+            f"ones by {first.neutral_rise:.2g}. They may know of toxicity and do nothing about it."
         )
     return dampener.only(kept), trials
 

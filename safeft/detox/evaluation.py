@@ -5,7 +5,6 @@ strengths, random gains of equal size, a prefix that asks the model to be polite
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -14,9 +13,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from safeft.detox.dampener import Dampener
+from safeft.detox.groups import Group, check_groups, mentions_of
 from safeft.detox.hooks import dampened
 from safeft.detox.losses import Texts
-from safeft.errors import ConfigError, PromptError
+from safeft.errors import ConfigError
 from safeft.forms import parts_of
 from safeft.generation import generate
 from safeft.intervals import Rate
@@ -94,55 +94,6 @@ class Outcome:
         return found
 
 
-@dataclass(frozen=True)
-class Group:
-    """An identity group, to see that it is not silenced.
-
-    Attributes:
-        prompts: Harmless prompts about it, whose continuation may be expected to name it.
-        words: What names it, in any case, as whole words.
-        texts: Harmless texts that name it, whose likelihood should not fall.
-    """
-
-    prompts: tuple[Prompt, ...] = ()
-    words: tuple[str, ...] = ()
-    texts: tuple[Prompt, ...] = ()
-
-
-@dataclass(frozen=True)
-class WordJudge:
-    """An answer counts if it holds one of some words, in any case, whole.
-
-    Attributes:
-        words: The words; a ``*`` at the end stands for any ending.
-        name: For results.
-
-    Raises:
-        ConfigError: No word.
-
-    Example:
-        >>> WordJudge(("blorg*",))(["?", "?"], ["You blorgs!", "A good day."])
-        [True, False]
-    """
-
-    words: tuple[str, ...]
-    name: str = "words"
-
-    def __post_init__(self) -> None:
-        """Refuse an empty list, by which everything would pass."""
-        if not any(word.strip() for word in self.words):
-            raise ConfigError("A judge by words needs at least one word.")
-
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """Verdicts in the order of ``answers``; the prompts are not read."""
-        ends = (r"\w*" if word.endswith("*") else "" for word in self.words)
-        any_of = "|".join(
-            re.escape(word.strip("* ")) + end for word, end in zip(self.words, ends, strict=True)
-        )
-        pattern = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)", re.IGNORECASE)
-        return [pattern.search(answer) is not None for answer in answers]
-
-
 def measure_arms(
     model: PreTrainedModel,
     tokenizer: Reader,
@@ -189,7 +140,7 @@ def measure_arms(
     asked = some_prompts(prompts, "continuation")
     served = some_prompts(benign, "benign") if benign is not None else []
     found = dict(groups or {})
-    _check_groups(found)
+    check_groups(found)
     text = Texts.of(model, tokenizer, neutral, **settled)
     named = {
         name: Texts.of(model, tokenizer, group.texts, **settled)
@@ -213,7 +164,7 @@ def measure_arms(
                 refused = judges[1]([prompt.text for prompt in served], answers(served))
                 refusal = Rate.of(sum(refused), len(served))
             mentions = {
-                name: _mentions(answers(group.prompts), group.words)
+                name: mentions_of(answers(group.prompts), group.words)
                 for name, group in found.items()
                 if group.prompts
             }
@@ -249,20 +200,3 @@ def with_prefix(prompts: Iterable[PromptLike], prefix: str) -> list[Prompt]:
         messages = (*prompt.messages[:at], message, *prompt.messages[at + 1 :])
         made.append(replace(prompt, messages=messages))
     return made
-
-
-def _mentions(answers: Sequence[str], words: tuple[str, ...]) -> Rate:
-    return Rate.of(sum(WordJudge(words)(answers, answers)), len(answers))
-
-
-def _check_groups(groups: Mapping[str, Group]) -> None:
-    for name, group in groups.items():
-        if not group.prompts and not group.texts:
-            raise PromptError(
-                f"The group {name!r} has neither prompts nor texts to be measured by."
-            )
-        if group.prompts and not group.words:
-            raise ConfigError(
-                f"The group {name!r} has no words, so whether it is named cannot be told. Give its "
-                "`words`."
-            )

@@ -57,7 +57,8 @@ class ExpertiseFitter:
         if pool not in POOLS:
             raise ConfigError(f"pool={pool!r} is not one of {', '.join(POOLS)}.")
         self._model, self._sites = model, sites
-        self._tokens, self._pool, self._signed = tokens, pool, signed
+        self._tokens: TokenChoice | None = tokens
+        self._pool, self._signed = pool, signed
         self.statistics = Statistics({(side, name): Samples() for side in SIDES for name in sites})
 
     @torch.no_grad()

@@ -1,0 +1,228 @@
+"""Dampening measured on a small model of public text whose continuations are often toxic.
+
+    python benchmarks/detox.py --data ../shared/data --seeds 5
+
+Each seed trains a Llama of 3.2 million weights (some ten minutes of one core), finds its experts on
+texts that it was not trained with, and runs every rule and strength, random gains of equal size, a
+prefix that asks for politeness, and both together, on held-out prompts. Two judges: a classifier of
+toxicity that shares no text with the model (its own errors are in the result), and whether the
+continuation is most like a hateful sentence of the model's training. The result holds no text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCHMARKS))
+
+import detox_data  # noqa: E402
+from build_demo_model import Stage, build_model, build_tokenizer, train  # noqa: E402
+from testbed.texts import exchange  # noqa: E402
+
+from safeft.detox.counterfactual import keep_paying  # noqa: E402
+from safeft.detox.dampener import Dampener  # noqa: E402
+from safeft.detox.evaluation import POLITE, Arm, measure_arms  # noqa: E402
+from safeft.detox.experts import Expertise, find_experts  # noqa: E402
+from safeft.detox.rules import dampen  # noqa: E402
+from safeft.detox.tradeoff import AIM, Tradeoff  # noqa: E402
+from safeft.errors import SelectionError  # noqa: E402
+from safeft.files import write_whole  # noqa: E402
+from safeft.prompts import Prompt  # noqa: E402
+from safeft.report.detox_page import tradeoff_picture  # noqa: E402
+
+ROOT = BENCHMARKS.parent
+RESULTS = BENCHMARKS / "results" / "detox.json"
+STAGE = Stage("training", steps=1200, lr=2e-3, on_prompts=True)
+ROWS, TOKENS = 24_000, 24
+GRID: Sequence[tuple[str, dict[str, Any]]] = (
+    *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0)),
+    *(("det0", {"fraction": f}) for f in (0.01, 0.02, 0.05, 0.1)),
+    *(("constant", {"strength": s, "fraction": 0.1}) for s in (0.25, 0.5, 0.75)),
+    *(("sgm", {"strength": s, "fraction": 0.1}) for s in (0.5, 0.75, 1.0)),
+    *(("threshold", {"strength": s}) for s in (0.0, 0.25, 0.5)),
+)
+"""Rules and strengths; ``det0``'s strength is its fraction."""
+
+
+def model_of(sources: detox_data.Sources, seed: int, scale: float) -> tuple[Any, Any, float]:
+    """A model and its tokenizer, trained on the training side, and its last loss."""
+    torch.manual_seed(seed)
+    examples = detox_data.training(sources, ROWS, seed)
+    tokenizer = build_tokenizer(examples)
+    short = [
+        example
+        for example in examples
+        if len(tokenizer(f"{example.prompt} {example.answer}").input_ids) < 100
+    ]
+    model = build_model(tokenizer)
+    stage = replace(STAGE, steps=max(1, round(STAGE.steps * scale)))
+    loss = train(model, tokenizer, short, stage, seed)
+    return model, tokenizer, loss
+
+
+def arms_of(
+    model: Any, tokenizer: Any, experts: Expertise, texts: tuple[list[Prompt], list[Prompt]],
+    grid: Sequence[tuple[str, dict[str, Any]]], seed: int,
+) -> list[Arm]:  # fmt: skip
+    """The model as it is, every rule and strength with its random control, the prefix, and both."""
+    arms = [Arm("as it is")]
+    for rule, settings in grid:
+        made = dampen(model, experts, rule, **settings)  # pyright: ignore[reportArgumentType]
+        knob = settings["strength"] if rule != "det0" else settings["fraction"]
+        arms.append(Arm(f"{rule} {knob:g}", made, rule=rule, strength=knob))
+        arms += _control(made, f"{rule} {knob:g}", knob, seed)
+    whole = dampen(model, experts, "aura")
+    try:
+        paying, _ = keep_paying(model, tokenizer, whole, *texts, batch_size=64)
+    except SelectionError:
+        paying = None
+    if paying is not None:
+        arms.append(Arm("aura 1, checked", paying, rule="checked", strength=1.0))
+        silent = _silenced(model, paying)
+        arms.append(Arm("silenced, checked", silent, rule="checked", strength=2.0))
+        arms += _control(silent, "silenced, checked", 2.0, seed)
+    arms.append(Arm("prefix", None, POLITE, "prefix"))
+    arms.append(Arm("prefix and aura 1", whole, POLITE, "prefix", 1.0))
+    return arms
+
+
+def _control(made: Dampener, name: str, knob: float, seed: int) -> list[Arm]:
+    try:
+        drawn = made.at_random(seed)
+    except SelectionError:  # More than half of a layer: nothing of equal size is left.
+        return []
+    return [Arm(f"random as {name}", drawn, rule="random", strength=knob)]
+
+
+def _silenced(model: Any, dampener: Dampener) -> Dampener:
+    units = dampener.neurons.indices
+    gains = {name: dict.fromkeys(mine, 0.0) for name, mine in units.items()}
+    return Dampener.of(model, gains, {**dampener.neurons.source, "rule": "checked"})
+
+
+def run(
+    sources: Mapping[str, detox_data.Sources], judge: Any, seed: int, given: argparse.Namespace
+) -> dict[str, Any]:
+    """One seed: train, find, dampen, measure."""
+    started = time.perf_counter()
+    model, tokenizer, loss = model_of(sources["training"], seed, given.scale)
+    trained = time.perf_counter()
+    toxic, neutral = detox_data.calibration(sources["calibration"], given.calibration, seed)
+    experts = find_experts(model, tokenizer, toxic, neutral, seed=seed, batch_size=64)
+    found = time.perf_counter()
+    texts = detox_data.calibration(sources["calibration"], 64, seed + 1000)
+    grid = GRID if given.scale == 1 else GRID[:: max(1, given.thin)]
+    arms = arms_of(model, tokenizer, experts, texts, grid, seed)
+    second, by_source = detox_data.nearest(sources["training"]), []
+
+    def judged(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        by_source.append(fmean(second(answers)) if answers else 0.0)
+        return judge(prompts, answers)
+
+    test = sources["test"]
+    plain = [exchange(" ".join(asked.split()[:30])) for asked, _ in test.plain[:60]]
+    outcomes = measure_arms(
+        model, tokenizer, arms, judge=judged,
+        prompts=[exchange(text) for text in test.prompts],
+        neutral=detox_data.neutral_texts(test, given.neutral, seed),
+        benign=plain, groups=detox_data.groups(test), max_new_tokens=TOKENS, samples=0,
+        batch_size=128,
+    )  # fmt: skip
+    rows = Tradeoff(tuple(outcomes)).rows()
+    for row, share in zip(rows, by_source[-len(rows) :], strict=True):
+        row["toxicity_by_source"] = share
+    areas = torch.cat([experts.auroc[name] for name in experts.sites])
+    return {
+        "seed": seed,
+        "loss": loss,
+        "seconds": {
+            "training": round(trained - started), "locating": round(found - trained),
+            "measuring": round(time.perf_counter() - found),
+        },
+        "experts": {
+            "level": experts.level, "count": experts.count, "units": len(areas),
+            "above_half": int((areas > 0.5).sum()), "best": float(areas.max()),
+        },
+        "arms": rows,
+    }  # fmt: skip
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each arm over the seeds: mean and standard deviation of what counts."""
+    found = []
+    for name in dict.fromkeys(row["arm"] for one in runs for row in one["arms"]):
+        rows = [row for one in runs for row in one["arms"] if row["arm"] == name]
+        measures = {
+            "toxicity": [row["toxicity"]["value"] for row in rows],
+            "toxicity_by_source": [row["toxicity_by_source"] for row in rows],
+            "toxicity_fall": [row["toxicity_fall"] for row in rows],
+            "perplexity_rise": [row["perplexity_rise"] for row in rows],
+            "mention_rate": [row["mention_rate"] for row in rows],
+            "group_loss": [fmean(row["group_loss"].values()) for row in rows],
+            "units": [row["units"] for row in rows],
+        }
+        found.append(
+            {
+                "arm": name, "rule": rows[0]["rule"], "strength": rows[0]["strength"],
+                "seeds": len(rows),
+                **{
+                    key: {"mean": fmean(v), "sd": stdev(v) if len(v) > 1 else None}
+                    for key, v in measures.items()
+                },
+                "meets_aim": [row["meets_aim"] for row in rows],
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Train, measure and write the table and its picture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--calibration", type=int, default=400, help="texts of either class")
+    parser.add_argument("--neutral", type=int, default=240, help="texts for perplexity")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--thin", type=int, default=1, help="of a trial: every so-manieth arm")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    sources = detox_data.read(given.data)
+    judge, figures = detox_data.judge(sources)
+    runs: list[dict[str, Any]] = []
+    for seed in range(given.seeds):
+        runs.append(run(sources, judge, seed, given))
+        result = {
+            "command": "python benchmarks/detox.py --data ../shared/data --seeds 5",
+            "scale": given.scale,
+            "aim": AIM,
+            "judge": figures,
+            "calibration": given.calibration,
+            "prompts": len(sources["test"].prompts),
+            "arms": summary(runs),
+            "runs": runs,
+        }
+        write_whole(given.results, json.dumps(result, indent=1) + "\n")
+        write_whole(given.results.with_suffix(".svg"), tradeoff_picture(result["arms"]))
+    for row in summary(runs):
+        print(
+            f"{row['arm']:<28} toxic {row['toxicity']['mean']:.3f} "
+            f"({row['toxicity_by_source']['mean']:.3f}) ppl {row['perplexity_rise']['mean']:+.1%} "
+            f"named {row['mention_rate']['mean']:.3f} units {row['units']['mean']:.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
