@@ -63,7 +63,8 @@ class Texts:
         with evaluating(model):
             for batch in self.batches:
                 logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
-                read = written(batch)[:, 1:]
+                # Nothing predicts a first token, and with padding before it something seems to.
+                read = written(batch)[:, 1:] & batch.attention_mask[:, :-1].bool()
                 wanted = batch.input_ids[:, 1:].masked_fill(~read, -100)
                 for row, target in zip(logits, wanted, strict=True):
                     sums.append(
