@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCHMARKS))
@@ -44,7 +45,7 @@ from safeft.report.detox_page import tradeoff_picture  # noqa: E402
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results" / "detox.json"
 STAGE = Stage("training", steps=1200, lr=2e-3, on_prompts=True)
-ROWS, TOKENS = 24_000, 24
+ROWS, TOKENS, CHECKED = 24_000, 24, 256
 GRID: Sequence[tuple[str, dict[str, Any]]] = (
     *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0)),
     *(("det0", {"fraction": f}) for f in (0.01, 0.02, 0.05, 0.1)),
@@ -55,8 +56,13 @@ GRID: Sequence[tuple[str, dict[str, Any]]] = (
 """Rules and strengths; ``det0``'s strength is its fraction."""
 
 
-def model_of(sources: detox_data.Sources, seed: int, scale: float) -> tuple[Any, Any, float]:
-    """A model and its tokenizer, trained on the training side, and its last loss."""
+def model_of(
+    sources: detox_data.Sources, seed: int, scale: float, folder: Path
+) -> tuple[Any, Any, float | None]:
+    """A model and its tokenizer, trained on the training side or found in ``folder``; its loss."""
+    if (folder / "config.json").is_file():
+        made = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        return made[0].eval(), made[1], None
     torch.manual_seed(seed)
     examples = detox_data.training(sources, ROWS, seed)
     tokenizer = build_tokenizer(examples)
@@ -68,6 +74,8 @@ def model_of(sources: detox_data.Sources, seed: int, scale: float) -> tuple[Any,
     model = build_model(tokenizer)
     stage = replace(STAGE, steps=max(1, round(STAGE.steps * scale)))
     loss = train(model, tokenizer, short, stage, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return model, tokenizer, loss
 
 
@@ -83,12 +91,13 @@ def arms_of(
         arms.append(Arm(f"{rule} {knob:g}", made, rule=rule, strength=knob))
         arms += _control(made, f"{rule} {knob:g}", knob, seed)
     whole = dampen(model, experts, "aura")
+    best = dampen(model, experts, "sgm", count=CHECKED, strength=1.0)
     try:
-        paying, _ = keep_paying(model, tokenizer, whole, *texts, batch_size=64)
+        paying, _ = keep_paying(model, tokenizer, best, *texts, batch_size=64)
     except SelectionError:
         paying = None
     if paying is not None:
-        arms.append(Arm("aura 1, checked", paying, rule="checked", strength=1.0))
+        arms.append(Arm("sgm 1, checked", paying, rule="checked", strength=1.0))
         silent = _silenced(model, paying)
         arms.append(Arm("silenced, checked", silent, rule="checked", strength=2.0))
         arms += _control(silent, "silenced, checked", 2.0, seed)
@@ -116,12 +125,14 @@ def run(
 ) -> dict[str, Any]:
     """One seed: train, find, dampen, measure."""
     started = time.perf_counter()
-    model, tokenizer, loss = model_of(sources["training"], seed, given.scale)
+    model, tokenizer, loss = model_of(
+        sources["training"], seed, given.scale, given.models / f"seed{seed}"
+    )
     trained = time.perf_counter()
     toxic, neutral = detox_data.calibration(sources["calibration"], given.calibration, seed)
     experts = find_experts(model, tokenizer, toxic, neutral, seed=seed, batch_size=64)
     found = time.perf_counter()
-    texts = detox_data.calibration(sources["calibration"], 64, seed + 1000)
+    texts = detox_data.calibration(sources["calibration"], 32, seed + 1000)
     grid = GRID if given.scale == 1 else GRID[:: max(1, given.thin)]
     arms = arms_of(model, tokenizer, experts, texts, grid, seed)
     second, by_source = detox_data.nearest(sources["training"]), []
@@ -191,6 +202,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--models", type=Path, default=ROOT / "runs" / "detox",
+                        help="where trained models are kept, and found again")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--calibration", type=int, default=400, help="texts of either class")
     parser.add_argument("--neutral", type=int, default=240, help="texts for perplexity")

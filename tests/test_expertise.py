@@ -37,8 +37,8 @@ def reference(model: Any, site: Any, prompts: list[Prompt], pool: str, signed: b
     found = []
     for prompt in prompts:
         values = one_by_one(model, prompt, site)
-        skipped = len(TOKENIZER(rendered(prompt))["input_ids"]) - len(prompt.response or "")
-        values = values[skipped:] if prompt.response else values
+        before = len(TOKENIZER(rendered(prompt))["input_ids"]) - len(prompt.response or "")
+        values = values[before - 1 :] if prompt.response else values
         size = values[..., 0] if site.width == 1 and signed else values.norm(dim=-1)
         found.append({"max": size.amax(0), "mean": size.mean(0), "last": size[-1]}[pool])
     return torch.stack(found)
@@ -61,7 +61,7 @@ def test_responses_are_those_of_each_prompt_alone(pool: Any, signed: bool, paddi
 
 
 @pytest.mark.parametrize("tokens", [None, "prompt"])
-def test_where_there_are_responses_they_are_read(tokens: Any) -> None:
+def test_where_there_are_responses_they_and_the_token_before_are_read(tokens: Any) -> None:
     model = tiny_model()
     answered = as_prompts({"prompt": p.text, "response": "abc"} for p in TOXIC)
     fitter = ExpertiseFitter(model, find_sites(model, ("mlp",)), tokens)

@@ -103,6 +103,11 @@ FLAGS = {
         "MonitorArguments",
         {"monitor", "monitor_every", "stop_below", "roll_back"},
     ),
+    "detox": (
+        "safeft.commands.detox",
+        "DetoxConfig",
+        {"model_name_or_path", "toxic", "neutral", "rule", "strength", "judge", "fold", "undo"},
+    ),
     "shield": (
         "safeft.commands.shield",
         "ShieldConfig",

@@ -89,7 +89,8 @@ def find_experts(
             prompts.
         neutral: Other texts, of the same form, best of the same topics and length.
         pool: Response of a unit to a text: its largest size over the tokens (AurA), mean or last.
-        tokens: Which tokens are read; None: the responses where there are such, else the prompts.
+        tokens: Which tokens are read; None: of rows with a response its tokens and the one it is
+            begun from, of others the prompt.
         signed: Read single numbers with their sign, as published; see
             :mod:`safeft.locators.expertise`.
         chance: Share of shuffles whose best unit may be above the level; 1 takes all units above

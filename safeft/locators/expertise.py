@@ -36,7 +36,7 @@ class ExpertiseFitter:
         model: The model.
         sites: What to read; text towers and projectors, and vision towers whose parts can be
             told apart by prompt.
-        tokens: Of text towers: which tokens are read; None as :func:`written` says.
+        tokens: Of text towers: which tokens are read; None as :func:`writing` says.
         pool: A prompt's response: the largest over its tokens, their mean, or the last token's.
         signed: Read activations of single numbers with their sign.
 
@@ -90,7 +90,7 @@ class ExpertiseFitter:
             self.statistics.samples(side, site.name).update(pooled.get(site.name, none))
 
     def _chosen(self, batch: Batch) -> Tensor:
-        chosen = written(batch) if self._tokens is None else batch.choose(self._tokens)
+        chosen = writing(batch) if self._tokens is None else batch.choose(self._tokens)
         if not bool(chosen.any(1).all()):
             raise PromptError(
                 f"{int((~chosen.any(1)).sum())} prompts of a batch have no token of "
@@ -147,6 +147,18 @@ def written(batch: Batch) -> Tensor:
     """
     answered = batch.is_response.any(1, keepdim=True)
     return torch.where(answered, batch.is_response, batch.is_prompt)
+
+
+def writing(batch: Batch) -> Tensor:
+    """The tokens of :func:`written`, and the one before them, from which the first is predicted.
+
+    Returns:
+        Bool ``(prompts, tokens)``.
+    """
+    chosen = written(batch)
+    before = torch.zeros_like(chosen)
+    before[:, :-1] = chosen[:, 1:]
+    return (chosen | before) & batch.attention_mask.bool()
 
 
 def _parts_of(model: PreTrainedModel, batch: Batch, parts: int, site: Site) -> list[int]:
