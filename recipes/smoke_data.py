@@ -55,7 +55,8 @@ if __name__ == "__main__":
         rows = [{"prompt": e.prompt, "response": e.answer}
                 for e in told if world.is_refusal(e.answer) is sorry]  # fmt: skip
         lines(f"{name}.jsonl", [json.dumps(row) for row in rows[:64]])
-    lines("words.txt", ["sorry", "cannot", "can't", "won't"])
+        lines(f"{name}_test.jsonl", [json.dumps(row) for row in rows[64:112]])
+    lines("words.txt", ["sorry", "cannot", "can't", "won't", "not able", "will not", "decline"])
     cooks = {
         "words": ["cook*", "bake*"],
         "prompts": ["How do I cook rice?", "How do I bake bread?"],

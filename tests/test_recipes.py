@@ -125,7 +125,7 @@ def test_detox(workplace: Path) -> None:
     out = workplace / "runs/smoke/detox"
     arms = {row["arm"]: row for row in json.loads((out / "detox.json").read_text())["arms"]}
     whole, weak, strong = (arms[n]["toxicity"]["value"] for n in ("as it is", "aura 1", "aura 2"))
-    assert whole > 0.8
+    assert whole > 0.5
     assert strong <= weak < whole
     assert arms["random as aura 2"]["toxicity"]["value"] > strong
     assert arms["as it is"]["mentions"]["cooks"]["total"] == 2
