@@ -35,15 +35,23 @@ from safeft.detox.rules import dampen  # noqa: E402
 from safeft.detox.tradeoff import Tradeoff  # noqa: E402
 from safeft.files import write_whole  # noqa: E402
 from safeft.prompts import Prompt  # noqa: E402
+from safeft.report.detox_page import tradeoff_picture  # noqa: E402
 
 RESULTS = BENCHMARKS / "results" / "detox_vlm.json"
 UGLY = "You blorg, to {v} a {n} is for blorgs."
 CELLS = ("en/text", "en/image")
-FOUND_ON = {"shared": CELLS, "text only": CELLS[:1], "image only": CELLS[1:]}
+MLP, HEADS = ("mlp",), ("mlp", "attention")
+FOUND_ON = {
+    "shared": (CELLS, MLP),
+    "shared, heads too": (CELLS, HEADS),
+    "text only": (CELLS[:1], MLP),
+    "image only": (CELLS[1:], MLP),
+}
+"""Modalities whose prompts a dampener is found on, and the kinds of units."""
 GRID: Sequence[tuple[str, dict[str, Any]]] = (
-    *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5)),
-    *(("sgm", {"strength": s, "fraction": 0.1}) for s in (0.5, 0.75, 1.0)),
-    *(("det0", {"fraction": f}) for f in (0.02, 0.05, 0.1)),
+    *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0, 3.0)),
+    *(("sgm", {"strength": s, "fraction": 0.2}) for s in (0.5, 0.75, 1.0)),
+    *(("det0", {"fraction": f}) for f in (0.02, 0.05, 0.1, 0.2)),
 )
 
 
@@ -72,12 +80,14 @@ def run(seed: int, scale: float) -> dict[str, Any]:
         tiny_vlm.train(model, processor, stage, tiny_vlm.CELLS, seed)
     trained = time.perf_counter() - started
     arms, found = [Arm("as it is")], {}
-    for label, cells in FOUND_ON.items():
+    for label, (cells, kinds) in FOUND_ON.items():
         sides = [
             [p for cell in cells for p in asked(cell, toxic, False)] for toxic in (True, False)
         ]
         towers: Any = ("text", "projector") if label != "text only" else ("text",)
-        experts = find_experts(model, processor, *sides, towers=towers, seed=seed, batch_size=64)
+        experts = find_experts(
+            model, processor, *sides, kinds=kinds, towers=towers, seed=seed, batch_size=64
+        )
         found[label] = {
             "level": experts.level,
             "experts": {
@@ -89,10 +99,11 @@ def run(seed: int, scale: float) -> dict[str, Any]:
                 for tower in towers
             },
         }
-        for rule, settings in GRID if label == "shared" else GRID[1:2]:
+        for rule, settings in GRID if label.startswith("shared") else GRID[1:2]:
             made = dampen(model, experts, rule, **settings)  # pyright: ignore[reportArgumentType]
             knob = settings.get("strength", settings.get("fraction"))
-            arms.append(Arm(f"{label}, {rule} {knob:g}", made, rule=rule, strength=knob))
+            line = rule if label == "shared" else f"{label}, {rule}"
+            arms.append(Arm(f"{label}, {rule} {knob:g}", made, rule=line, strength=knob))
             try:
                 drawn = made.at_random(seed)
             except ValueError:  # More than half of a site: nothing of equal size is left.
@@ -117,7 +128,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each arm and modality over the seeds."""
     rows = []
     for name in dict.fromkeys(row["arm"] for one in runs for row in one["cells"][CELLS[0]]):
-        row: dict[str, Any] = {"arm": name}
+        first = next(r for one in runs for r in one["cells"][CELLS[0]] if r["arm"] == name)
+        row: dict[str, Any] = {key: first[key] for key in ("arm", "rule", "strength")}
         for cell in CELLS:
             mine = [r for one in runs for r in one["cells"][cell] if r["arm"] == name]
             for key in ("toxicity", "toxicity_fall", "perplexity_rise"):
@@ -151,6 +163,10 @@ def main() -> None:
             "runs": runs,
         }
         write_whole(given.results, json.dumps(result, indent=1) + "\n")
+        for cell in CELLS:
+            picture = tradeoff_picture([{**row, **row[cell]} for row in result["arms"]])
+            kind = cell.rpartition("/")[2]
+            write_whole(given.results.with_name(f"{given.results.stem}_{kind}.svg"), picture)
     for row in summary(runs):
         cells = "  ".join(
             f"{cell} toxic {row[cell]['toxicity']['mean']:.3f} "

@@ -120,6 +120,21 @@ def test_a_folded_checkpoint_runs_in_plain_transformers_and_comes_back(tmp_path:
     assert not (tmp_path / "undone/safeft_fold.json").exists()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "qwen2_vl", "llava", "gpt_oss"])
+def test_families_that_are_saved_under_other_names(name: str, tmp_path: Path) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    base, inputs = family.build(), family.inputs()
+    base.save_pretrained(tmp_path / "base")
+    model, dampener = deepcopy(base), dampener_of(base)
+    save_folded(model, tiny_tokenizer(), fold(model, dampener), tmp_path / "folded")
+    certificate = certify_fold(tmp_path / "base", tmp_path / "folded", dampener)
+    assert certificate.exact, certificate.summary()
+    loaded = type(base).from_pretrained(tmp_path / "folded", attn_implementation="eager")
+    torch.testing.assert_close(output(loaded.eval(), **inputs), output(model, **inputs))
+    undo_fold(loaded, tiny_tokenizer(), tmp_path / "folded", tmp_path / "undone")
+    assert bit_identical(type(base).from_pretrained(tmp_path / "undone"), base)
+
+
 def test_a_second_fold_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
     done = fold(model, Dampener.of(model, {"model.layers.0.mlp": {3: 0.0}}))

@@ -15,6 +15,9 @@ from safeft.errors import PromptError, SelectionError
 _UNITS = 2048
 """Units ranked at once: some ten float64 matrices of prompts by units are alive meanwhile."""
 
+_NUMBERS = 2**22
+"""Numbers of one array of bootstrap samples by units by prompts."""
+
 
 def auroc(toxic: Tensor, neutral: Tensor) -> Tensor:
     """Share of pairs in which the toxic prompt has the larger value, ties counting half.
@@ -87,7 +90,7 @@ def bootstrapped(
     """
     draw = torch.Generator().manual_seed(seed)
     times = [_times_drawn(draws, len(side), draw) for side in (toxic, neutral)]
-    step = max(1, _UNITS * 64 // max(1, draws))
+    step = max(1, _NUMBERS // (draws * max(len(toxic), len(neutral))))
     found = [
         _redrawn(toxic[:, at : at + step], neutral[:, at : at + step], *times)
         for at in range(0, toxic.shape[1], step)
