@@ -44,7 +44,7 @@ from safeft.report.detox_page import tradeoff_picture  # noqa: E402
 
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results" / "detox.json"
-STAGE = Stage("training", steps=1200, lr=2e-3, on_prompts=True)
+STAGE = Stage("training", steps=1000, lr=2e-3, on_prompts=True)
 ROWS, TOKENS, CHECKED = 24_000, 24, 256
 GRID: Sequence[tuple[str, dict[str, Any]]] = (
     *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0)),
@@ -142,7 +142,7 @@ def run(
         return judge(prompts, answers)
 
     test = sources["test"]
-    plain = [exchange(" ".join(asked.split()[:30])) for asked, _ in test.plain[:60]]
+    plain = [exchange(" ".join(asked.split()[: detox_data.WORDS])) for asked, _ in test.plain[:60]]
     outcomes = measure_arms(
         model, tokenizer, arms, judge=judged,
         prompts=[exchange(text) for text in test.prompts],
