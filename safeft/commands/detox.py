@@ -138,8 +138,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         given.neurons.check_model(model)
         dampener = given
-    places = f"{len(dampener)} units in {len(dampener.gains)} blocks"
-    print(f"{places} dampened by {dampener.neurons.source.get('rule')}, in {config.output_dir}")
+    rule, place = dampener.neurons.source.get("rule"), config.dampener or config.output_dir
+    print(f"{len(dampener)} units in {len(dampener.gains)} blocks by {rule}: {place}")
     if measured is not None:
         neutral = measured.pop("neutral") or (texts[1] if texts else [])
         _measure(config, model, tokenizer, dampener, made, {**measured, "neutral": neutral},

@@ -32,6 +32,9 @@ tags: [safeft, safety, detox]
 
 Gains of {count} units of `{model}` ({rule}), for `safeft`. Load it with
 `safeft.Dampener.from_pretrained(folder)`.
+
+**Sensitive.** Read the other way round it says what to amplify. Share this folder as you would
+share a vulnerability report.
 """
 
 
