@@ -45,7 +45,7 @@ from safeft.report.detox_page import tradeoff_picture  # noqa: E402
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results" / "detox.json"
 STAGE = Stage("training", steps=1000, lr=2e-3, on_prompts=True)
-ROWS, TOKENS, CHECKED = 24_000, 24, 256
+ROWS, TOKENS, CHECKED, DRAWS = 24_000, 24, 256, 4
 GRID: Sequence[tuple[str, dict[str, Any]]] = (
     *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0)),
     *(("det0", {"fraction": f}) for f in (0.01, 0.02, 0.05, 0.1)),
@@ -147,7 +147,7 @@ def run(
         model, tokenizer, arms, judge=judged,
         prompts=[exchange(text) for text in test.prompts],
         neutral=detox_data.neutral_texts(test, given.neutral, seed),
-        benign=plain, groups=detox_data.groups(test), max_new_tokens=TOKENS, samples=0,
+        benign=plain, groups=detox_data.groups(test), draws=DRAWS, max_new_tokens=TOKENS, samples=0,
         batch_size=128,
     )  # fmt: skip
     rows = Tradeoff(tuple(outcomes)).rows()
@@ -224,6 +224,7 @@ def main() -> None:
             "judge": figures,
             "calibration": given.calibration,
             "prompts": len(sources["test"].prompts),
+            "draws": DRAWS,
             "arms": summary(runs),
             "runs": runs,
         }

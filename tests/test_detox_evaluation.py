@@ -77,6 +77,12 @@ def test_a_prefix_comes_before_what_the_user_says() -> None:
     assert seen == [UGLY, UGLY]  # the letter in the prefix triggers it
 
 
+def test_several_draws_a_prompt() -> None:
+    greedy, drawn = (measured([Arm("as it is")], draws=draws)[0] for draws in (0, 5))
+    assert (greedy.toxicity.total, drawn.toxicity.total) == (8, 40)
+    assert drawn.toxicity.value > 0.5
+
+
 def test_the_model_is_left_as_it_was() -> None:
     measured([Arm("silent", silent())])
     (plain,) = measured([Arm("as it is")])
@@ -84,7 +90,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ConfigError, match="no arm"):
+    with pytest.raises(ConfigError, match="0 arms"):
         measured([])
     with pytest.raises(PromptError, match="0 continuation prompts"):
         measured([Arm("as it is")], prompts=[])

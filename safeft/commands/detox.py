@@ -90,6 +90,9 @@ class DetoxConfig:
     strengths: list[float] = field(
         default_factory=list, metadata={"help": "Strengths to draw the trade-off with."}
     )
+    draws: int = field(
+        default=0, metadata={"help": "Continuations drawn a prompt (nucleus 0.9); 0: one greedy."}
+    )
     max_new_tokens: int = field(default=32, metadata={"help": "Of each continuation."})
     fold: str | None = field(
         default=None, metadata={"help": "Put the gains into the weights and save the model here."}
@@ -290,7 +293,13 @@ def _measure(
         Arm("prefix, dampened", dampener, POLITE, "prefix", strength),
     ]
     outcomes = measure_arms(
-        model, tokenizer, arms, max_new_tokens=config.max_new_tokens, **measured, **batching
+        model,
+        tokenizer,
+        arms,
+        draws=config.draws,
+        max_new_tokens=config.max_new_tokens,
+        **measured,
+        **batching,
     )
     settings = {
         "command": f"safeft detox --model_name_or_path {config.model_name_or_path} ...",
@@ -298,6 +307,7 @@ def _measure(
         "rule": rule,
         "judge": measured["judge"].name,
         "prompts": len(measured["prompts"]),
+        "continuations a prompt": f"{config.draws} drawn" if config.draws else "one, greedy",
         "neutral texts": len(measured["neutral"]),
         "neutral texts were": "held out" if config.neutral_test else "those it was found with",
         "dampener": dampener.hash,

@@ -12,13 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from safeft.detox.continuing import continued
 from safeft.detox.dampener import Dampener
 from safeft.detox.groups import Group, check_groups, mentions_of
 from safeft.detox.hooks import dampened
 from safeft.detox.losses import Texts
 from safeft.errors import ConfigError
 from safeft.forms import parts_of
-from safeft.generation import generate
 from safeft.intervals import Rate
 from safeft.measure import JudgeLike, ready_judge, some_prompts
 from safeft.progress import progress
@@ -105,6 +105,7 @@ def measure_arms(
     benign: Iterable[PromptLike] | None = None,
     refusal_judge: JudgeLike = "prefix",
     groups: Mapping[str, Group] | None = None,
+    draws: int = 0,
     max_new_tokens: int = 32,
     samples: int = 4,
     **batching: Any,
@@ -115,12 +116,14 @@ def measure_arms(
         model: The model.
         tokenizer: Its tokenizer, or its processor where it sees images.
         arms: See :class:`Arm`; the first should be the model as it is.
-        prompts: What is to be continued; greedy, so that no draw is compared with another.
+        prompts: What is to be continued.
         neutral: Texts for the perplexity: their responses, or all of them where they have none.
         judge: Says of a continuation whether it is toxic; see :func:`safeft.judge.as_judge`.
         benign: Ordinary prompts; how many are refused is measured where they are given.
         refusal_judge: Says whether an answer refuses.
         groups: Identity groups by name.
+        draws: Continuations drawn a prompt (nucleus 0.9, the same seed for every arm); 0 takes the
+            greedy one. Intervals count each draw, so with few prompts they are too narrow.
         max_new_tokens: Of continuations.
         samples: How many continuations to keep an arm.
         **batching: ``batch_size`` (16), ``max_length``, ``chat_template``.
@@ -133,8 +136,8 @@ def measure_arms(
         >>> measure_arms(model, tokenizer, [Arm("as it is"), Arm("aura", dampener)],
         ...              prompts=prompts, neutral=neutral, judge=judge)  # doctest: +SKIP
     """
-    if not arms:
-        raise ConfigError("There is no arm to measure.")
+    if not arms or draws < 0:
+        raise ConfigError(f"{len(arms)} arms, {draws} draws: give an arm, and 0 draws or more.")
     settled = {"batch_size": 16, "max_length": 1024, "chat_template": None, **batching}
     judges = ready_judge(judge), ready_judge(refusal_judge)
     asked = some_prompts(prompts, "continuation")
@@ -150,18 +153,19 @@ def measure_arms(
     outcomes = []
     for arm in progress(arms, "measuring arms", len(arms)):
 
-        def answers(to: Sequence[Prompt], prefix: str = arm.prefix) -> list[str]:
-            return generate(
-                model, tokenizer, with_prefix(to, prefix), max_new_tokens=max_new_tokens,
-                description="continuing", **settled,
-            )  # fmt: skip
+        def answers(to: Sequence[Prompt], each: int = draws, prefix: str = arm.prefix) -> list[str]:
+            asked = with_prefix(to, prefix)
+            return continued(
+                model, tokenizer, asked, draws=each, max_new_tokens=max_new_tokens, **settled
+            )
 
         with dampened(model, arm.dampener) if arm.dampener is not None else nullcontext():
             said = answers(asked)
-            verdicts = judges[0]([prompt.text for prompt in asked], said)
+            texts = [prompt.text for prompt in asked for _ in range(max(1, draws))]
+            verdicts = judges[0](texts, said)
             refusal = None
             if served:
-                refused = judges[1]([prompt.text for prompt in served], answers(served))
+                refused = judges[1]([prompt.text for prompt in served], answers(served, 0))
                 refusal = Rate.of(sum(refused), len(served))
             mentions = {
                 name: mentions_of(answers(group.prompts), group.words)
