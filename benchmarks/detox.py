@@ -3,10 +3,11 @@
     python benchmarks/detox.py --data ../shared/data --seeds 5
 
 Each seed trains a Llama of 3.2 million weights (some ten minutes of one core), finds its experts on
-texts that it was not trained with, and runs every rule and strength, random gains of equal size, a
-prefix that asks for politeness, and both together, on held-out prompts. Two judges: a classifier of
-toxicity that shares no text with the model (its own errors are in the result), and whether the
-continuation is most like a hateful sentence of the model's training. The result holds no text.
+texts that it was not trained with, and runs every rule and strength on held-out prompts, beside
+random gains of equal size, a prefix that asks for politeness, and both together. Two judges: a
+classifier of toxicity that shares no text with the model (its own errors are in the result), and
+whether the continuation is most like a hateful sentence of the model's training. The result holds
+no text.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from build_demo_model import Stage, build_model, build_tokenizer, train  # noqa:
 from testbed.texts import exchange  # noqa: E402
 
 from safeft.detox.counterfactual import keep_paying  # noqa: E402
-from safeft.detox.dampener import Dampener  # noqa: E402
 from safeft.detox.evaluation import POLITE, Arm, measure_arms  # noqa: E402
 from safeft.detox.experts import Expertise, find_experts  # noqa: E402
 from safeft.detox.rules import dampen  # noqa: E402
@@ -46,23 +46,32 @@ ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results" / "detox.json"
 STAGE = Stage("training", steps=1000, lr=2e-3, on_prompts=True)
 ROWS, TOKENS, CHECKED, DRAWS = 24_000, 24, 256, 4
-GRID: Sequence[tuple[str, dict[str, Any]]] = (
-    *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0)),
-    *(("det0", {"fraction": f}) for f in (0.01, 0.02, 0.05, 0.1)),
-    *(("constant", {"strength": s, "fraction": 0.1}) for s in (0.25, 0.5, 0.75)),
-    *(("sgm", {"strength": s, "fraction": 0.1}) for s in (0.5, 0.75, 1.0)),
-    *(("threshold", {"strength": s}) for s in (0.0, 0.25, 0.5)),
-)
-"""Rules and strengths; ``det0``'s strength is its fraction."""
+GRID: Mapping[str, Sequence[dict[str, Any]]] = {
+    "aura": [{"strength": s} for s in (0.5, 1.0, 2.0, 3.0)],
+    "det0": [{"fraction": f} for f in (0.02, 0.05, 0.1)],
+    "constant": [{"strength": s, "fraction": 0.1} for s in (0.25, 0.5, 0.75)],
+    "sgm": [{"strength": s, "fraction": 0.1} for s in (0.5, 0.75, 1.0)],
+    "threshold": [{"strength": s} for s in (0.0, 0.25, 0.5)],
+}
+"""Rules and their strengths, the strongest last; ``det0``'s is its fraction."""
+
+WAYS: Mapping[str, tuple[dict[str, Any], Sequence[str]]] = {
+    "max": ({}, tuple(GRID)),
+    "mean": ({"pool": "mean"}, ("aura", "det0", "constant", "sgm")),
+    "mean, no null": ({"pool": "mean", "chance": 1.0}, ("aura",)),
+}
+"""How experts are found, and the rules tried on them."""
 
 
 def model_of(
-    sources: detox_data.Sources, seed: int, scale: float, folder: Path
+    sources: detox_data.Sources, seed: int, scale: float, models: Path
 ) -> tuple[Any, Any, float | None]:
-    """A model and its tokenizer, trained on the training side or found in ``folder``; its loss."""
+    """A model and its tokenizer, trained on the training side or found in ``models``; its loss."""
+    stage = replace(STAGE, steps=max(1, round(STAGE.steps * scale)))
+    folder = models / f"seed{seed}_{stage.steps}_steps"
     if (folder / "config.json").is_file():
         made = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        return made[0].eval(), made[1], None
+        return made[0].eval(), made[1], getattr(made[0].config, "training_loss", None)
     torch.manual_seed(seed)
     examples = detox_data.training(sources, ROWS, seed)
     tokenizer = build_tokenizer(examples)
@@ -72,52 +81,48 @@ def model_of(
         if len(tokenizer(f"{example.prompt} {example.answer}").input_ids) < 100
     ]
     model = build_model(tokenizer)
-    stage = replace(STAGE, steps=max(1, round(STAGE.steps * scale)))
     loss = train(model, tokenizer, short, stage, seed)
+    model.config.training_loss = loss
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer, loss
 
 
 def arms_of(
-    model: Any, tokenizer: Any, experts: Expertise, texts: tuple[list[Prompt], list[Prompt]],
-    grid: Sequence[tuple[str, dict[str, Any]]], seed: int,
+    model: Any, tokenizer: Any, experts: Mapping[str, Expertise],
+    texts: tuple[list[Prompt], list[Prompt]], seed: int, thin: int,
 ) -> list[Arm]:  # fmt: skip
-    """The model as it is, every rule and strength with its random control, the prefix, and both."""
+    """The model as it is, every rule and strength, the strongest's random controls, the prefix."""
     arms = [Arm("as it is")]
-    for rule, settings in grid:
-        made = dampen(model, experts, rule, **settings)  # pyright: ignore[reportArgumentType]
-        knob = settings["strength"] if rule != "det0" else settings["fraction"]
-        arms.append(Arm(f"{rule} {knob:g}", made, rule=rule, strength=knob))
-        arms += _control(made, f"{rule} {knob:g}", knob, seed)
-    whole = dampen(model, experts, "aura")
-    best = dampen(model, experts, "sgm", count=CHECKED, strength=1.0)
+    for way, found in experts.items():
+        for rule in WAYS[way][1]:
+            line = f"{rule}, {way}"
+            for settings in GRID[rule][::-thin][::-1]:
+                made = dampen(model, found, rule, **settings)  # pyright: ignore[reportArgumentType]
+                knob = settings["strength"] if rule != "det0" else settings["fraction"]
+                arms.append(Arm(f"{line} {knob:g}", made, rule=line, strength=knob))
+            arms += _control(arms[-1], seed)
+    whole = dampen(model, experts["mean"], "aura", strength=3.0)
+    tried = dampen(model, experts["mean"], "det0", count=CHECKED)
     try:
-        paying, _ = keep_paying(model, tokenizer, best, *texts, batch_size=64)
-    except SelectionError:
-        paying = None
-    if paying is not None:
-        arms.append(Arm("sgm 1, checked", paying, rule="checked", strength=1.0))
-        silent = _silenced(model, paying)
-        arms.append(Arm("silenced, checked", silent, rule="checked", strength=2.0))
-        arms += _control(silent, "silenced, checked", 2.0, seed)
+        paying, _ = keep_paying(model, tokenizer, tried, *texts, batch_size=64)
+    except SelectionError:  # No unit does: that arm is missing, and its absence the finding.
+        pass
+    else:
+        arms.append(Arm("det0, mean, checked", paying, rule="checked"))
+        arms += _control(arms[-1], seed)
     arms.append(Arm("prefix", None, POLITE, "prefix"))
-    arms.append(Arm("prefix and aura 1", whole, POLITE, "prefix", 1.0))
+    arms.append(Arm("prefix and aura, mean 3", whole, POLITE, "prefix", 3.0))
     return arms
 
 
-def _control(made: Dampener, name: str, knob: float, seed: int) -> list[Arm]:
+def _control(arm: Arm, seed: int) -> list[Arm]:
+    assert arm.dampener is not None
     try:
-        drawn = made.at_random(seed)
+        drawn = arm.dampener.at_random(seed)
     except SelectionError:  # More than half of a layer: nothing of equal size is left.
         return []
-    return [Arm(f"random as {name}", drawn, rule="random", strength=knob)]
-
-
-def _silenced(model: Any, dampener: Dampener) -> Dampener:
-    units = dampener.neurons.indices
-    gains = {name: dict.fromkeys(mine, 0.0) for name, mine in units.items()}
-    return Dampener.of(model, gains, {**dampener.neurons.source, "rule": "checked"})
+    return [Arm(f"random as {arm.name}", drawn, rule="random", strength=arm.strength)]
 
 
 def run(
@@ -125,16 +130,16 @@ def run(
 ) -> dict[str, Any]:
     """One seed: train, find, dampen, measure."""
     started = time.perf_counter()
-    model, tokenizer, loss = model_of(
-        sources["training"], seed, given.scale, given.models / f"seed{seed}"
-    )
+    model, tokenizer, loss = model_of(sources["training"], seed, given.scale, given.models)
     trained = time.perf_counter()
     toxic, neutral = detox_data.calibration(sources["calibration"], given.calibration, seed)
-    experts = find_experts(model, tokenizer, toxic, neutral, seed=seed, batch_size=64)
+    experts = {
+        name: find_experts(model, tokenizer, toxic, neutral, seed=seed, batch_size=64, **way)
+        for name, (way, _) in WAYS.items()
+    }
     found = time.perf_counter()
     texts = detox_data.calibration(sources["calibration"], 32, seed + 1000)
-    grid = GRID if given.scale == 1 else GRID[:: max(1, given.thin)]
-    arms = arms_of(model, tokenizer, experts, texts, grid, seed)
+    arms = arms_of(model, tokenizer, experts, texts, seed, given.thin)
     second, by_source = detox_data.nearest(sources["training"]), []
 
     def judged(prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
@@ -153,7 +158,6 @@ def run(
     rows = Tradeoff(tuple(outcomes)).rows()
     for row, share in zip(rows, by_source[-len(rows) :], strict=True):
         row["toxicity_by_source"] = share
-    areas = torch.cat([experts.auroc[name] for name in experts.sites])
     return {
         "seed": seed,
         "loss": loss,
@@ -162,8 +166,12 @@ def run(
             "measuring": round(time.perf_counter() - found),
         },
         "experts": {
-            "level": experts.level, "count": experts.count, "units": len(areas),
-            "above_half": int((areas > 0.5).sum()), "best": float(areas.max()),
+            name: {
+                "level": found.level, "count": found.count,
+                "units": sum(site.units for site in found.sites.values()),
+                "best": max(float(areas.max()) for areas in found.auroc.values()),
+            }
+            for name, found in experts.items()
         },
         "arms": rows,
     }  # fmt: skip
@@ -209,7 +217,8 @@ def main() -> None:
     parser.add_argument("--neutral", type=int, default=240, help="texts for perplexity")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
-    parser.add_argument("--thin", type=int, default=1, help="of a trial: every so-manieth arm")
+    parser.add_argument("--thin", type=int, default=1,
+                        help="of a trial: every so-manieth strength")  # fmt: skip
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     sources = detox_data.read(given.data)
@@ -218,8 +227,9 @@ def main() -> None:
     for seed in range(given.seeds):
         runs.append(run(sources, judge, seed, given))
         result = {
-            "command": "python benchmarks/detox.py --data ../shared/data --seeds 5",
-            "scale": given.scale,
+            "command": f"python benchmarks/detox.py --data ../shared/data --seeds {given.seeds} "
+            f"--scale {given.scale:g} --thin {given.thin}",
+            "steps": round(STAGE.steps * given.scale),
             "aim": AIM,
             "judge": figures,
             "calibration": given.calibration,

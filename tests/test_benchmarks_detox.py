@@ -8,6 +8,8 @@ import detox_data
 import detox_vlm
 import pytest
 
+from safeft.errors import SelectionError
+
 
 @pytest.fixture(scope="module")
 def sources(data_dir: Path) -> dict[str, detox_data.Sources]:
@@ -76,6 +78,35 @@ def test_summaries_are_means_over_the_seeds() -> None:
     cells = {cell: runs[0]["arms"] for cell in detox_vlm.CELLS}
     (row,) = detox_vlm.summary([{"cells": cells}])
     assert row["en/image"]["toxicity"]["mean"] == 0.2
+
+
+class Drawn:
+    """A dampener of which only the control is asked for."""
+
+    def at_random(self, seed: int) -> "Drawn":
+        return Drawn()
+
+
+def test_arms_are_every_rule_with_a_control_of_its_strongest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_pays(*_: object, **__: object) -> None:
+        raise SelectionError("no unit pays")
+
+    monkeypatch.setattr(detox, "dampen", lambda *_, **__: Drawn())
+    monkeypatch.setattr(detox, "keep_paying", none_pays)
+    experts: Any = dict.fromkeys(detox.WAYS)
+    arms = detox.arms_of(None, None, experts, ([], []), seed=0, thin=2)
+    names = [arm.name for arm in arms]
+    assert names[0] == "as it is"
+    assert len(set(names)) == len(names)
+    assert [n for n in names if n.startswith("aura, max")] == ["aura, max 1", "aura, max 3"]
+    strongest = [arms[at - 1].name for at, arm in enumerate(arms) if arm.rule == "random"]
+    assert [f"random as {name}" for name in strongest] == [n for n in names if "random" in n]
+    assert len(strongest) == sum(len(rules) for _, rules in detox.WAYS.values())
+    assert {"det0, mean, no null 0.1", "det0, mean, checked"}.isdisjoint(names)
+    assert arms[-1].prefix
+    assert arms[-1].dampener
 
 
 def test_the_insult_is_made_up_and_told_by_its_word() -> None:
