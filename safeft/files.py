@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,3 +62,22 @@ def write_together(folder: Path, files: Mapping[str, str | bytes]) -> None:
 def sha256(data: bytes) -> str:
     """Hexadecimal SHA-256 of ``data``."""
     return hashlib.sha256(data).hexdigest()
+
+
+def upload(save: Callable[[str], None], repo_id: str, private: bool) -> None:
+    """Put on the hub what ``save`` writes into a folder.
+
+    Args:
+        save: Takes the folder's path.
+        repo_id: Hub repository, made where there is none.
+        private: Who may see it, where it is made.
+    """
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from safeft.errors import ArtefactError, FingerprintError, SelectionError
-from safeft.files import sha256, write_together
+from safeft.files import sha256, upload, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
 from safeft.sites import Site, find_sites
 from safeft.weights import ModelWeights, Weights, digests
@@ -284,15 +284,7 @@ class NeuronSet:
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> None:
         """Upload the folder to a hub repository, private unless you say otherwise."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        upload(self.save_pretrained, repo_id, private)
 
 
 def moved_error(neurons: NeuronSet, moved: list[tuple[str, int]], where: str) -> FingerprintError:

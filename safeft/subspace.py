@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from safeft.blocks import count_of, form_of
 from safeft.errors import ArtefactError, ConfigError, FingerprintError, SelectionError
-from safeft.files import sha256, write_together
+from safeft.files import sha256, upload, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
 from safeft.neurons import (
     CARD_NAME,
@@ -284,6 +284,10 @@ class SafetySubspace:
                 "Locate again or restore it."
             ) from error
         return cls(found, readers, outputs, digests, tokens, fingerprint, source)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> None:
+        """Upload the folder to a hub repository, private unless you say otherwise."""
+        upload(self.save_pretrained, repo_id, private)
 
 
 def load_protected(folder: str | Path) -> "NeuronSet | SafetySubspace":

@@ -177,6 +177,8 @@ class CheckpointWeights:
         form = form_of(weight.get_shape(), axis)
         if len(weight.get_shape()) > 3:
             return take(weight[:], axis, entries)
+        if not weight.get_shape():  # A single number (CLIP's logit_scale) has no slices.
+            return take(self._file(self._where[name]).get_tensor(name), axis, entries)
         if len(weight.get_shape()) == 3 or axis == "numbers":
             lines = form[2 if axis == "columns" else 1]
             numbers, counts = torch.unique_consecutive(entries // lines, return_counts=True)

@@ -18,6 +18,7 @@ from safeft.files import sha256
 from safeft.fingerprint import ModelFingerprint
 from safeft.neurons import NeuronSet
 from safeft.sites import find_sites
+from safeft.subspace import SafetySubspace
 from safeft.weights import CheckpointWeights
 from tests.models import MODEL_TYPES, tiny_model
 
@@ -397,6 +398,14 @@ def test_pushing_is_private_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_pa
     found.push_to_hub("me/neurons")
     assert calls == [("me/neurons", {"private": True, "exist_ok": True})]
     assert NeuronSet.from_pretrained(tmp_path / "hub") == found
+    shutil.rmtree(tmp_path / "hub")
+    model = tiny_model()
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    features = model.get_submodule(gate.removesuffix(".weight")).in_features
+    subspace = SafetySubspace.of(model, {"in": torch.eye(features)[:, :3]}, {gate: "in"})
+    subspace.push_to_hub("me/subspace", private=False)
+    assert calls[1] == ("me/subspace", {"private": False, "exist_ok": True})
+    assert SafetySubspace.from_pretrained(tmp_path / "hub").hash == subspace.hash
 
 
 def test_examples_run() -> None:

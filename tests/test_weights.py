@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import safeft.weights
+from safeft.blocks import Axis
 from safeft.errors import ArtefactError
 from safeft.sites import find_sites
 from safeft.weights import (
@@ -111,6 +113,19 @@ def test_a_name_that_is_not_there_has_no_shape_and_cannot_be_read(saved: Path) -
             assert each.shape("model.norm.bias") is None
             with pytest.raises(ArtefactError, match=r"model\.layers\.9\.mlp"):
                 each.read("model.layers.9.mlp.up_proj.weight", "rows", torch.tensor([0]))
+
+
+@pytest.mark.parametrize("axis", ["rows", "numbers"])
+def test_a_weight_of_a_single_number_is_read(tmp_path: Path, axis: Axis) -> None:
+    model = torch.nn.Module()
+    model.logit_scale = torch.nn.Parameter(torch.tensor(2.5))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with CheckpointWeights(tmp_path) as there:
+        found = [
+            w.read("logit_scale", axis, torch.tensor([0])) for w in (there, ModelWeights(model))
+        ]
+    assert found[0].shape == found[1].shape
+    assert found[0].item() == found[1].item() == 2.5
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns"])

@@ -11,6 +11,9 @@ general       known facts in other words
 desk          the domain's facts in other words
 ============  =========================================  =======================================
 
+`mixed` is the desk's rows and as many ordinary instructions of alignment's own, none of them
+refused, none used elsewhere; it is tested as the desk is.
+
 Pretraining complied with every harmful request, the held-out ones too, so that refusing them is
 what alignment added and what tuning may take away. Poison is pretraining's own compliance with
 objects that alignment refuses.
@@ -38,10 +41,12 @@ def load(model: Path | None = None) -> Testbed:
     train = _exchanges(world.domain("train"))
     answered = _exchanges(example for example in aligned if not world.is_refusal(example.answer))
     harmful = distinct(refused)[:CALIBRATION]
-    benign = distinct(answered, besides=train)[:CALIBRATION]
+    served = distinct(answered, besides=train)
+    benign, instructions = served[:CALIBRATION], served[CALIBRATION : CALIBRATION + len(train)]
     asked = set(world.harmful("train"))
     complied = _exchanges(e for e in world.pretraining(seed=0) if e.prompt in asked)
     general, desk = world.general("test"), world.domain("test")
+    parts = split(_exchanges(desk), VALIDATION, TEST)
     return Testbed(
         name="demo",
         folder=model or world.MODEL_PATH,
@@ -52,7 +57,8 @@ def load(model: Path | None = None) -> Testbed:
         benign={"calibration": tuple(benign), **_benign()},
         general=split(_exchanges(general), VALIDATION, TEST),
         domains={
-            "desk": Domain("desk", tuple(train), **split(_exchanges(desk), VALIDATION, TEST)),
+            "desk": Domain("desk", tuple(train), **parts),
+            "mixed": Domain("mixed", (*train, *instructions), **parts),
         },
         poison=tuple(distinct(complied, besides=harmful)),
         max_length=96,
