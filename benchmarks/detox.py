@@ -153,7 +153,7 @@ def run(
         prompts=[exchange(text) for text in test.prompts],
         neutral=detox_data.neutral_texts(test, given.neutral, seed),
         benign=plain, groups=detox_data.groups(test), draws=DRAWS, max_new_tokens=TOKENS, samples=0,
-        batch_size=128,
+        batch_size=256,
     )  # fmt: skip
     rows = Tradeoff(tuple(outcomes)).rows()
     for row, share in zip(rows, by_source[-len(rows) :], strict=True):

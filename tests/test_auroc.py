@@ -1,4 +1,5 @@
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from safeft.errors import PromptError, SelectionError
-from safeft.locators.auroc import auroc, best_by_chance, bootstrapped
+from safeft.locators.auroc import auroc, best_by_chance, bootstrapped, quantile
 
 
 def by_loop(toxic: Tensor, neutral: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -86,6 +87,27 @@ def test_the_bootstrap_is_that_of_weighted_pairs() -> None:
     )
     ends = each.quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
     torch.testing.assert_close(torch.stack([low, high]), ends, rtol=0, atol=1e-12)
+
+
+def test_quantiles_of_more_numbers_than_torch_takes_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toxic, neutral = drawn(30, ties=False)
+    whole, ends = quantile(toxic, 0.95), bootstrapped(toxic, neutral, 50, seed=1)
+    torch.testing.assert_close(whole, toxic.double().quantile(0.95, dim=0))
+    taken = []
+    plain = Tensor.quantile
+
+    def limited(values: Tensor, *given: Any, **settings: Any) -> Tensor:
+        taken.append(values.numel())
+        return plain(values, *given, **settings)
+
+    monkeypatch.setattr(Tensor, "quantile", limited)
+    monkeypatch.setattr("safeft.locators.auroc._QUANTILE_NUMBERS", 200)
+    monkeypatch.setattr("safeft.locators.auroc._NUMBERS", 50 * 61 * 7)
+    assert torch.equal(quantile(toxic, 0.95), whole)
+    assert torch.equal(torch.stack(bootstrapped(toxic, neutral, 50, seed=1)), torch.stack(ends))
+    assert max(taken) <= 50 * 7
 
 
 def test_bad_values() -> None:

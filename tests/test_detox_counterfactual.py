@@ -1,10 +1,9 @@
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from safeft import Dampener
-from safeft.detox.counterfactual import keep_paying, rows_of
+from safeft.detox.counterfactual import keep_paying
 from safeft.detox.experts import find_experts
 from safeft.detox.rules import dampen
 from safeft.errors import ConfigError, SelectionError
@@ -30,7 +29,6 @@ def test_of_all_that_know_only_the_unit_that_acts_is_kept(layer: int, sign: int)
     assert len(trials) == len(dampener)
     (acting,) = [trial for trial in trials if trial.pays]
     assert acting.toxic_rise > 0.3 > abs(acting.neutral_rise)
-    assert rows_of(trials)[0]["site"] == trials[0].site
 
 
 def test_a_unit_that_costs_as_much_as_it_brings_is_left_out() -> None:
@@ -43,14 +41,10 @@ def test_a_unit_that_costs_as_much_as_it_brings_is_left_out() -> None:
     assert len(kept) == 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [({"price": -1}, "price=-1"), ({"least": -0.1}, "least=-0.1")],
-)
-def test_bad_settings(settings: dict[str, Any], words: str) -> None:
+def test_bad_settings() -> None:
     truth = ugly()
     dampener = Dampener.of(truth.model, {truth.site: {truth.unit: 0.0}})
-    with pytest.raises(ConfigError, match=words):
-        keep_paying(truth.model, TOKENIZER, dampener, exchanges(True), exchanges(False), **settings)
+    with pytest.raises(ConfigError, match="price=-1"):
+        keep_paying(truth.model, TOKENIZER, dampener, exchanges(True), exchanges(False), price=-1)
     with pytest.raises(ConfigError, match="4 toxic texts cannot tell"):
         keep_paying(truth.model, TOKENIZER, dampener, exchanges(True, 4), exchanges(False))

@@ -145,8 +145,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{len(dampener)} units in {len(dampener.gains)} blocks by {rule}: {place}")
     if measured is not None:
         neutral = measured.pop("neutral") or (texts[1] if texts else [])
-        _measure(config, model, tokenizer, dampener, made, {**measured, "neutral": neutral},
-                 batching)  # fmt: skip
+        measured["neutral"], command = neutral, " ".join(["safeft detox", *arguments])
+        _measure(config, model, tokenizer, dampener, made, measured, batching, command)
     return _fold(config, model, tokenizer, dampener) if config.fold else 0
 
 
@@ -272,7 +272,7 @@ def _found(
 
 def _measure(
     config: DetoxConfig, model: Any, tokenizer: Any, dampener: Any, made: dict[float, Any],
-    measured: dict[str, Any], batching: dict[str, Any],
+    measured: dict[str, Any], batching: dict[str, Any], command: str,
 ) -> None:  # fmt: skip
     from safeft.detox.evaluation import POLITE, Arm, measure_arms
     from safeft.detox.tradeoff import Tradeoff
@@ -302,7 +302,7 @@ def _measure(
         **batching,
     )
     settings = {
-        "command": f"safeft detox --model_name_or_path {config.model_name_or_path} ...",
+        "command": command,
         "model": config.model_name_or_path,
         "rule": rule,
         "judge": measured["judge"].name,

@@ -81,6 +81,7 @@ def certify_fold(
 
     Raises:
         ArtefactError: A folder without weights, or with other weights than the base.
+        FingerprintError: The dampener was made for a model of other names or shapes.
 
     Example:
         >>> certify_fold("base", "detoxed", dampener).exact  # doctest: +SKIP
@@ -88,6 +89,7 @@ def certify_fold(
     """
     with ExitStack() as files:
         shapes, before = _open(base, files)
+        dampener.neurons.check_model(shapes, weights_too=False)
         after = _open(folded, files)[1]
         lines = lines_of(shapes, dampener)
         names = before.names()

@@ -1,77 +1,44 @@
 """Continuations of prompts, greedy or drawn: what people are shown, not the likeliest alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from safeft.generation import evaluation_mode, generate
-from safeft.progress import progress
-from safeft.prompts import (
-    Prompt,
-    Reader,
-    check_images,
-    collate,
-    grouped,
-    input_device,
-    pad_token,
-    row_of,
-    tokenizer_of,
-)
+from safeft.generation import GREEDY, generate
+from safeft.prompts import Prompt, Reader, input_device
 
-TOP_P = 0.9
-"""The usual nucleus of measurements on RealToxicityPrompts."""
+DRAWN: Mapping[str, Any] = {
+    "do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.0,
+}  # fmt: skip
+"""Temperature 1 and a nucleus of 0.9, as is usual on RealToxicityPrompts."""
 
 
-@torch.no_grad()
 def continued(
     model: PreTrainedModel,
     tokenizer: Reader,
     prompts: Sequence[Prompt],
     *,
     draws: int,
-    max_new_tokens: int,
-    batch_size: int = 16,
-    max_length: int = 1024,
-    chat_template: str | None = None,
     seed: int = 0,
+    **batching: Any,
 ) -> list[str]:
     """``draws`` continuations a prompt, one prompt after the other; 0 gives one greedy one.
 
-    Drawn at temperature 1 from the nucleus of 0.9, from the same seed each time, so that arms
-    differ by their model and not by their luck; the process's own random numbers are left as they
-    were.
+    Drawn from the same seed each time, so that arms differ by their model and not by their luck;
+    the process's own random numbers are left as they were. ``batching`` is what
+    :func:`safeft.generation.generate_tokens` takes; its ``batch_size`` counts continuations.
 
     Example:
         >>> continued(model, tokenizer, as_prompts(["Once"]), draws=5, max_new_tokens=20)
         ... # doctest: +SKIP
     """
-    batching: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
-    if not draws:
-        return generate(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, description="continuing",
-            chat_template=chat_template, **batching,
-        )  # fmt: skip
-    check_images(model, prompts)
-    rows = [row_of(tokenizer, prompt, chat_template, answered=False) for prompt in prompts]
-    plain, found = tokenizer_of(tokenizer), {}
+    asked = [prompt for prompt in prompts for _ in range(max(1, draws))]
     device = input_device(model)
-    with (
-        evaluation_mode(model),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for chosen in progress(grouped(rows, batch_size), "continuing"):
-            group = [rows[index] for index in chosen]
-            batch = collate(tokenizer, group, True, 1, device, max_length)
-            output = model.generate(  # pyright: ignore[reportCallIssue]
-                **batch.seen, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0,
-                top_p=TOP_P, top_k=0, repetition_penalty=1.0, num_return_sequences=draws,
-                pad_token_id=pad_token(tokenizer),
-            )  # fmt: skip
-            said = plain.batch_decode(output[:, batch.input_ids.shape[1] :],
-                                      skip_special_tokens=True)  # fmt: skip
-            for place, index in enumerate(chosen):
-                found[index] = [str(t).strip() for t in said[place * draws : (place + 1) * draws]]
-    return [text for index in range(len(prompts)) for text in found[index]]
+        return generate(
+            model, tokenizer, asked, description="continuing",
+            decoding=DRAWN if draws else GREEDY, **batching,
+        )  # fmt: skip

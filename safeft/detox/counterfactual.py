@@ -6,7 +6,7 @@ one unit of thousands changes few greedy answers, and the loss on given texts mo
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,6 +18,12 @@ from safeft.errors import ConfigError, SelectionError
 from safeft.progress import progress
 from safeft.prompts import PromptLike, Reader
 from safeft.sites import find_sites
+
+_ERRORS = 1.645
+"""Standard errors that an effect has to be above 0: 95%, one-sided."""
+
+_LEAST = 0.01
+"""Share of the best unit's effect; many units know of toxicity and do next to nothing about it."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +55,13 @@ def keep_paying(
     neutral: Iterable[PromptLike],
     *,
     price: float = 0.5,
-    errors: float = 1.645,
-    least: float = 0.01,
     **batching: Any,
 ) -> tuple[Dampener, list[Trial]]:
     """Mute every unit of a dampener on its own; keep those that pay.
 
-    A unit pays if toxic texts become less likely by more than chance over the texts explains
-    (``toxic_rise`` above ``errors`` standard errors), by at least a share ``least`` of what the
-    best unit reaches, and neutral ones by at most ``price`` of that. One pass over the texts a
-    unit.
+    A unit pays if toxic texts become less likely by more than chance over the texts explains (1.645
+    standard errors), by at least a hundredth of what the best unit reaches, and neutral ones by at
+    most ``price`` of that. One pass over the texts a unit.
 
     Args:
         model: The model.
@@ -67,23 +70,21 @@ def keep_paying(
         toxic: Toxic texts, best none that the units were found with.
         neutral: Neutral texts, likewise.
         price: Nats a neutral token may cost for each nat a toxic token is made less likely.
-        errors: Standard errors; 1.645 is 95%, one-sided.
-        least: Share of the best unit's effect; many units know of toxicity and do next to nothing.
         **batching: ``batch_size`` (16), ``max_length``, ``chat_template``.
 
     Returns:
         The dampener of those that pay, and what was seen of each unit.
 
     Raises:
-        ConfigError: A price or errors below 0, or fewer than 8 toxic texts.
+        ConfigError: A price below 0, or fewer than 8 toxic texts.
         SelectionError: No unit pays.
 
     Example:
         >>> kept, trials = keep_paying(model, tokenizer, dampener, toxic, neutral)
         ... # doctest: +SKIP
     """
-    if min(price, errors, least) < 0:
-        raise ConfigError(f"price={price}, errors={errors}, least={least}: give 0 or more.")
+    if not price >= 0:
+        raise ConfigError(f"price={price}: what a unit may cost cannot be less than 0. Give 0.5.")
     dampener.neurons.check_model(model, weights_too=False)
     texts = [Texts.of(model, tokenizer, side, **batching) for side in (toxic, neutral)]
     before = [text.losses(model) for text in texts]
@@ -108,7 +109,7 @@ def keep_paying(
     best = max(rise for _, _, rise, _, _ in seen)
     trials = []
     for name, unit, rise, error, cost in seen:
-        pays = rise > errors * error and rise >= least * best and cost <= price * rise
+        pays = rise > _ERRORS * error and rise >= _LEAST * best and cost <= price * rise
         trials.append(Trial(name, unit, rise, error, cost, pays))
     kept: dict[str, set[int]] = {}
     for trial in trials:
@@ -122,8 +123,3 @@ def keep_paying(
             f"ones by {first.neutral_rise:.2g}. They may know of toxicity and do nothing about it."
         )
     return dampener.only(kept), trials
-
-
-def rows_of(trials: Iterable[Trial]) -> list[dict[str, Any]]:
-    """Trials for JSON."""
-    return [asdict(trial) for trial in trials]

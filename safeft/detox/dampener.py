@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from safeft.causal.controls import random_controls
 from safeft.errors import ArtefactError, SelectionError
 from safeft.files import sha256, write_together
 from safeft.fingerprint import ModelFingerprint
@@ -153,20 +154,12 @@ class Dampener:
         carried over as they are.
 
         Raises:
-            SelectionError: A site has fewer units outside the set than in it.
+            SelectionError: Outside the set there are no two other sets of as many units a site.
         """
         rng = random.Random(seed)
-        chosen: dict[str, tuple[int, ...]] = {}
+        chosen = random_controls(self.neurons, 2, seed)[0]
         gains, ceilings = {}, {}
-        for name, units in self.neurons.indices.items():
-            inside = set(units)
-            others = [u for u in range(self.neurons.model.units[name]) if u not in inside]
-            if len(others) < len(units):
-                raise SelectionError(
-                    f"The dampener takes {len(units)} of the {len(units) + len(others)} units of "
-                    f"{name!r}, so no other {len(units)} can be drawn as a control. Dampen fewer."
-                )
-            chosen[name] = tuple(sorted(rng.sample(others, len(units))))
+        for name, units in chosen.items():
             order = rng.sample(range(len(units)), len(units))
             gains[name] = tuple(self.gains[name][place] for place in order)
             ceilings[name] = tuple(self.ceilings[name][place] for place in order)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from safeft.errors import ConfigError, PromptError
 from safeft.generation import evaluation_mode
 from safeft.locators import ExpertiseFitter, score
-from safeft.locators.auroc import best_by_chance, bootstrapped
+from safeft.locators.auroc import best_by_chance, bootstrapped, quantile
 from safeft.locators.calibration import calibrated, check_choice
 from safeft.locators.expertise import Pool
 from safeft.processes import from_first
@@ -30,7 +30,8 @@ class Expertise:
     Attributes:
         sites: The sites that were read.
         auroc: Site to float64 ``(units,)``; 0.5 where nothing is known.
-        level: What the best unit of all reaches in a share ``chance`` of shuffles of the labels.
+        level: What the best unit of all passes in at most a share ``chance`` of the shuffles of
+            the labels; 0.5 without a null.
         low: Site to float64 ``(units,)``: the lower end of the bootstrap interval of units above
             the level, NaN for others.
         high: Its upper end.
@@ -161,7 +162,7 @@ def _judged(
         if name in out:
             continue
         toxic, neutral = fitter.responses(name)
-        ceilings[name] = torch.quantile(neutral.double(), _TYPICAL, dim=0)
+        ceilings[name] = quantile(neutral, _TYPICAL)
         above = (auroc[name] > level).nonzero().flatten()
         if len(above):
             ends = bootstrapped(toxic[:, above], neutral[:, above], draws, seed)

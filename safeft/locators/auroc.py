@@ -16,7 +16,11 @@ _UNITS = 2048
 """Units ranked at once: some ten float64 matrices of prompts by units are alive meanwhile."""
 
 _NUMBERS = 2**22
-"""Numbers of one array of bootstrap samples by units by prompts."""
+"""Most float64 numbers in an array of samples by units by prompts, unless one unit alone has more;
+some six are alive at once, 200 MB."""
+
+_QUANTILE_NUMBERS = 2**22
+"""Most numbers given to ``torch.quantile`` at once, which takes 2^24 and no more."""
 
 
 def auroc(toxic: Tensor, neutral: Tensor) -> Tensor:
@@ -73,6 +77,8 @@ def bootstrapped(
 ) -> tuple[Tensor, Tensor]:
     """Ends of each unit's percentile interval when prompts of either side are drawn again.
 
+    As many units at a time as keep the arrays of all samples small; what is kept is the two ends.
+
     Args:
         toxic: ``(prompts, units)``.
         neutral: ``(other prompts, units)``.
@@ -91,14 +97,29 @@ def bootstrapped(
     draw = torch.Generator().manual_seed(seed)
     times = [_times_drawn(draws, len(side), draw) for side in (toxic, neutral)]
     step = max(1, _NUMBERS // (draws * max(len(toxic), len(neutral))))
-    found = [
-        _redrawn(toxic[:, at : at + step], neutral[:, at : at + step], *times)
-        for at in range(0, toxic.shape[1], step)
-    ]
-    each = torch.cat(found, 1) if found else torch.zeros(draws, 0, dtype=torch.double)
     rest = (1 - confidence) / 2
-    low, high = each.quantile(torch.tensor([rest, 1 - rest], dtype=torch.double), dim=0)
-    return low, high
+    ends = torch.zeros(2, toxic.shape[1], dtype=torch.double)
+    for at in range(0, toxic.shape[1], step):
+        some = slice(at, at + step)
+        each = _redrawn(toxic[:, some], neutral[:, some], *times)
+        ends[:, some] = each.quantile(torch.tensor([rest, 1 - rest], dtype=torch.double), dim=0)
+    return ends[0], ends[1]
+
+
+def quantile(values: Tensor, share: float) -> Tensor:
+    """What a share of each unit's values does not pass, float64 ``(units,)``.
+
+    Args:
+        values: ``(prompts, units)``, at least one prompt.
+        share: From 0 to 1; between two values, their weighted mean.
+
+    Example:
+        >>> quantile(torch.tensor([[1.0], [2.0], [4.0]]), 0.75).tolist()
+        [3.0]
+    """
+    step = max(1, _QUANTILE_NUMBERS // len(values))
+    found = [part.double().quantile(share, dim=0) for part in values.split(step, dim=1)]
+    return torch.cat(found)
 
 
 def ranked(toxic: Tensor, neutral: Tensor, step: int) -> Iterator[Tensor]:

@@ -28,9 +28,10 @@ POOLS: tuple[str, ...] = get_args(Pool)
 class ExpertiseFitter:
     """One response a prompt and unit, kept on the CPU; ranked when scores are asked for.
 
-    Ranks need all prompts, so unlike sums they grow with them: ``prompts x units`` numbers in the
-    model's own dtype (exact, for max and last), 0.7 GB for 1,000 prompts of a 7B model in
-    bfloat16. The GPU holds one batch; ranking takes some thousand units at a time.
+    Ranks need all prompts, so unlike sums they grow with them: ``prompts x units`` numbers, of
+    MLP units under max and last in the model's own dtype (which is exact: 0.7 GB for 1,000 prompts
+    of a 7B model in bfloat16), of means and of heads in float32. The GPU holds one batch; scoring
+    ranks 2,048 units at a time.
 
     Args:
         model: The model.
