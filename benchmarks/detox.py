@@ -45,7 +45,7 @@ from safeft.report.detox_page import tradeoff_picture  # noqa: E402
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results" / "detox.json"
 STAGE = Stage("training", steps=1000, lr=2e-3, on_prompts=True)
-ROWS, TOKENS, CHECKED, DRAWS = 24_000, 24, 256, 4
+ROWS, TOKENS, CHECKED = 24_000, 24, 128
 GRID: Mapping[str, Sequence[dict[str, Any]]] = {
     "aura": [{"strength": s} for s in (0.5, 1.0, 2.0, 3.0)],
     "det0": [{"fraction": f} for f in (0.02, 0.05, 0.1)],
@@ -152,7 +152,7 @@ def run(
         model, tokenizer, arms, judge=judged,
         prompts=[exchange(text) for text in test.prompts],
         neutral=detox_data.neutral_texts(test, given.neutral, seed),
-        benign=plain, groups=detox_data.groups(test), draws=DRAWS, max_new_tokens=TOKENS, samples=0,
+        benign=plain, groups=detox_data.groups(test), draws=given.draws, max_new_tokens=TOKENS, samples=0,
         batch_size=256,
     )  # fmt: skip
     rows = Tradeoff(tuple(outcomes)).rows()
@@ -214,6 +214,7 @@ def main() -> None:
                         help="where trained models are kept, and found again")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--calibration", type=int, default=400, help="texts of either class")
+    parser.add_argument("--draws", type=int, default=4, help="continuations a prompt")
     parser.add_argument("--neutral", type=int, default=240, help="texts for perplexity")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
@@ -228,13 +229,14 @@ def main() -> None:
         runs.append(run(sources, judge, seed, given))
         result = {
             "command": f"python benchmarks/detox.py --data ../shared/data --seeds {given.seeds} "
-            f"--scale {given.scale:g} --thin {given.thin}",
+            f"--scale {given.scale:g} --thin {given.thin} --draws {given.draws} "
+            f"--neutral {given.neutral}",
             "steps": round(STAGE.steps * given.scale),
             "aim": AIM,
             "judge": figures,
             "calibration": given.calibration,
             "prompts": len(sources["test"].prompts),
-            "draws": DRAWS,
+            "draws": given.draws,
             "arms": summary(runs),
             "runs": runs,
         }

@@ -7,7 +7,8 @@ All times are of the processor, so that other work on the machine does not count
 A: AUROC of many units at once against scikit-learn's, one unit at a time.
 B: Greedy generation with every block dampened by hooks, and with the same gains folded in, against
    the model as it is; the three take turns, and the median of the ratios is given.
-C: Memory that the responses to be ranked take, reckoned: two bytes a prompt and unit in half precision.
+C: Memory that the responses to be ranked take, reckoned: two bytes a prompt and unit in half
+   precision.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     result = {
-        "command": "python benchmarks/detox_speed.py",
+        "command": f"python benchmarks/detox_speed.py --repeats {given.repeats} "
+        f"--units {given.units}",
         "machine": platform.machine(),
         "threads": given.threads,
         "ranking": ranking(given.units, 250),

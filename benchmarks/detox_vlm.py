@@ -33,6 +33,7 @@ from safeft.detox.experts import find_experts  # noqa: E402
 from safeft.detox.groups import WordJudge  # noqa: E402
 from safeft.detox.rules import dampen  # noqa: E402
 from safeft.detox.tradeoff import Tradeoff  # noqa: E402
+from safeft.errors import SelectionError  # noqa: E402
 from safeft.files import write_whole  # noqa: E402
 from safeft.prompts import Prompt  # noqa: E402
 from safeft.report.detox_page import tradeoff_picture  # noqa: E402
@@ -69,7 +70,7 @@ def answered(cell: str, test: bool) -> list[Prompt]:
     ]
 
 
-def run(seed: int, scale: float) -> dict[str, Any]:
+def run(seed: int, scale: float, thin: int) -> dict[str, Any]:
     """One seed: train, find, dampen, measure."""
     torch.manual_seed(seed)
     processor = tiny_vlm.build_processor()
@@ -99,14 +100,14 @@ def run(seed: int, scale: float) -> dict[str, Any]:
                 for tower in towers
             },
         }
-        for rule, settings in GRID if label.startswith("shared") else GRID[1:2]:
+        for rule, settings in GRID[::thin] if label.startswith("shared") else GRID[1:2]:
             made = dampen(model, experts, rule, **settings)  # pyright: ignore[reportArgumentType]
             knob = settings.get("strength", settings.get("fraction"))
             line = rule if label == "shared" else f"{label}, {rule}"
             arms.append(Arm(f"{label}, {rule} {knob:g}", made, rule=line, strength=knob))
             try:
                 drawn = made.at_random(seed)
-            except ValueError:  # More than half of a site: nothing of equal size is left.
+            except SelectionError:  # More than half of a site: nothing of equal size is left.
                 continue
             arms.append(Arm(f"random as {arms[-1].name}", drawn, rule="random", strength=knob))
     cells = {
@@ -149,14 +150,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--thin", type=int, default=1,
+                        help="of a trial: every so-manieth setting")  # fmt: skip
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     tiny_vlm.SORRY = UGLY
     runs: list[dict[str, Any]] = []
     for seed in range(given.seeds):
-        runs.append(run(seed, given.scale))
+        runs.append(run(seed, given.scale, given.thin))
         result = {
-            "command": "python benchmarks/detox_vlm.py --seeds 5",
+            "command": f"python benchmarks/detox_vlm.py --seeds {given.seeds} "
+            f"--scale {given.scale:g} --thin {given.thin}",
             "scale": given.scale,
             "answer": UGLY,
             "arms": summary(runs),

@@ -76,6 +76,9 @@ def test_other_weights_are_no_fold() -> None:
         certify_fold(base, tiny_model(num_hidden_layers=3), dampener)
     with pytest.raises(ArtefactError, match="nor in the hub's cache"):
         certify_fold(base, "no/such", dampener)
+    narrow = tiny_model(intermediate_size=40)
+    with pytest.raises(FingerprintError):
+        certify_fold(narrow, deepcopy(narrow), dampener)
     assert model is not base
 
 

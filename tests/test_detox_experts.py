@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from safeft.detox.experts import by_label, find_experts
+from safeft.detox.rules import dampen
 from safeft.errors import ConfigError, PromptError
 from safeft.locators import ExpertiseFitter
 from safeft.prompts import as_prompts, batches
@@ -51,13 +52,14 @@ def test_ceilings_are_what_neutral_prompts_stay_below() -> None:
     assert passed.double().mean() > 1.5  # fewer where prompts tie
 
 
-def test_a_dead_unit_is_no_expert() -> None:
+def test_a_dead_unit_is_no_expert_and_keeps_a_gain_of_one() -> None:
     dead = deepcopy(ugly().model)
     with torch.no_grad():
         dead.model.layers[1].mlp.up_proj.weight[4] = 0
     found = find_experts(dead, TOKENIZER, texts(20, True), texts(20, False), chance=1)
     assert found.auroc["model.layers.1.mlp"][4] == 0.5
     assert not found.experts("model.layers.1.mlp")[4]
+    assert 4 not in dampen(dead, found).neurons.indices["model.layers.1.mlp"]
 
 
 def test_attention_heads_are_read_by_their_norm() -> None:

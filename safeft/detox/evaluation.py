@@ -129,7 +129,7 @@ def measure_arms(
         **batching: ``batch_size`` (16), ``max_length``, ``chat_template``.
 
     Raises:
-        ConfigError: No arm, or no such judge.
+        ConfigError: No arm, a negative number of draws, or no such judge.
         PromptError: A set of prompts is empty.
 
     Example:
@@ -195,7 +195,7 @@ def with_prefix(prompts: Iterable[PromptLike], prefix: str) -> list[Prompt]:
         return found
     made = []
     for prompt in found:
-        at = next(i for i, message in enumerate(prompt.messages) if message["role"] == "user")
+        at = next((i for i, message in enumerate(prompt.messages) if message["role"] == "user"), 0)
         said = prompt.messages[at]["content"]
         told: Any = f"{prefix}\n{said}"
         if not isinstance(said, str):
