@@ -152,8 +152,8 @@ def run(
         model, tokenizer, arms, judge=judged,
         prompts=[exchange(text) for text in test.prompts],
         neutral=detox_data.neutral_texts(test, given.neutral, seed),
-        benign=plain, groups=detox_data.groups(test), draws=given.draws, max_new_tokens=TOKENS, samples=0,
-        batch_size=256,
+        benign=plain, groups=detox_data.groups(test), draws=given.draws, max_new_tokens=TOKENS,
+        samples=0, batch_size=256,
     )  # fmt: skip
     rows = Tradeoff(tuple(outcomes)).rows()
     for row, share in zip(rows, by_source[-len(rows) :], strict=True):
@@ -230,7 +230,7 @@ def main() -> None:
         result = {
             "command": f"python benchmarks/detox.py --data ../shared/data --seeds {given.seeds} "
             f"--scale {given.scale:g} --thin {given.thin} --draws {given.draws} "
-            f"--neutral {given.neutral}",
+            f"--neutral {given.neutral} --calibration {given.calibration}",
             "steps": round(STAGE.steps * given.scale),
             "aim": AIM,
             "judge": figures,
