@@ -50,6 +50,18 @@ if __name__ == "__main__":
         languages(f"{side}_test_languages.csv", prompts("test"))
     lessons = [json.dumps({"messages": e.messages}) for e in world.alignment(seed=0, size=64)]
     lines("refusals.jsonl", lessons)
+    told = world.alignment(seed=0, size=400)
+    for name, sorry in (("apologies", True), ("answers", False)):
+        rows = [{"prompt": e.prompt, "response": e.answer}
+                for e in told if world.is_refusal(e.answer) is sorry]  # fmt: skip
+        lines(f"{name}.jsonl", [json.dumps(row) for row in rows[:64]])
+        lines(f"{name}_test.jsonl", [json.dumps(row) for row in rows[64:112]])
+    lines("words.txt", ["sorry", "cannot", "can't", "won't", "not able", "will not", "decline"])
+    cooks = {
+        "words": ["cook*", "bake*"],
+        "prompts": ["How do I cook rice?", "How do I bake bread?"],
+    }
+    lines("groups.json", [json.dumps({"cooks": cooks})])
     (FOLDER / "model").unlink(missing_ok=True)
     (FOLDER / "model").symlink_to(world.MODEL_PATH.resolve())
     print(f"Wrote {FOLDER}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from safeft.auditing.stress import stress as stress
     from safeft.causal import validate as validate
     from safeft.causal.effect import CausalEffect as CausalEffect
+    from safeft.detox.dampener import Dampener as Dampener
     from safeft.errors import SafeftError as SafeftError
     from safeft.evaluation import Evaluation as Evaluation
     from safeft.evaluation import evaluate as evaluate
@@ -36,6 +37,7 @@ _HOMES = {
     "AuditResult": "safeft.auditing.result",
     "CausalEffect": "safeft.causal.effect",
     "Certificate": "safeft.freeze.certificate",
+    "Dampener": "safeft.detox.dampener",
     "Evaluation": "safeft.evaluation",
     "Judge": "safeft.judge",
     "NeuronMonitor": "safeft.monitor.neurons",

@@ -1,6 +1,6 @@
-"""The model's own greedy answers to prompts."""
+"""The model's own answers to prompts, greedy unless said otherwise."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,9 @@ from safeft.prompts import (
     tokenizer_of,
 )
 
+GREEDY: Mapping[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+"""Greedy means greedy: a repetition penalty in the checkpoint's settings is not used."""
+
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
@@ -40,7 +43,7 @@ def generate(
     prompts: Sequence[Prompt],
     **settings: Any,
 ) -> list[str]:
-    """The model's own greedy answers as text, one a prompt, in the order given.
+    """The model's own answers as text, one a prompt, in the order given.
 
     ``settings`` are those of :func:`generate_tokens`.
     """
@@ -62,12 +65,13 @@ def generate_tokens(
     description: str = "generating",
     share: bool = False,
     around: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None,
+    decoding: Mapping[str, Any] = GREEDY,
 ) -> list[list[int]]:
-    """The model's own greedy answers as token numbers, up to and without the padding.
+    """The model's own answers as token numbers, up to and without the padding.
 
     With ``share`` every process of the run calls this, takes each so-manieth batch, and gets all
-    answers. Each batch is generated within ``around`` its prompts' numbers. Greedy means greedy: a
-    repetition penalty in the checkpoint's generation settings is not used.
+    answers. Each batch is generated within ``around`` its prompts' numbers. ``decoding`` is what
+    transformers' ``generate`` takes.
 
     Raises:
         PromptError: See :func:`safeft.prompts.batches`; or images for a model that sees none.
@@ -87,9 +91,8 @@ def generate_tokens(
                 output = model.generate(  # pyright: ignore[reportCallIssue]
                     **batch.seen,
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    repetition_penalty=1.0,
                     pad_token_id=padding,
+                    **decoding,
                 )
             tails = output[:, batch.input_ids.shape[1] :].tolist()
             for index, ids in zip(chosen, tails, strict=True):

@@ -95,6 +95,14 @@ def test_study_config_parses(name: str) -> None:
     assert {key: getattr(found, key) for key in given} == given
 
 
+@pytest.mark.parametrize("name", ["smoke", "qwen2_5_1_5b"])
+def test_detox_config_parses(name: str) -> None:
+    path = ROOT / f"configs/detox/{name}.yaml"
+    (found,) = TrlParser((recipe_config("detox"),)).parse_args_and_config(["--config", str(path)])
+    given = yaml.safe_load(path.read_text())
+    assert {key: getattr(found, key) for key in given} == given
+
+
 def test_a_misspelt_key_is_refused(tmp_path: Path) -> None:
     text = (ROOT / "configs/freeze_sft/smoke.yaml").read_text()
     wrong = tmp_path / "wrong.yaml"

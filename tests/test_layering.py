@@ -23,7 +23,7 @@ LAYERS = (
     ("generation", "reading"),
     ("locators", "measure"),
     ("freeze", "evaluation", "causal", "openings"),
-    ("auditing", "monitor", "hardening"),
+    ("auditing", "detox", "monitor", "hardening"),
     ("report",),
     ("grid",),
     ("demo", "shield"),

@@ -117,6 +117,21 @@ def test_precise_shield(workplace: Path) -> None:
     assert other["neurons"]["sha256"] != certificate["neurons"]["sha256"]
 
 
+def test_detox(workplace: Path) -> None:
+    script = ROOT / "recipes/detox.py"
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), "--config", str(ROOT / "configs/detox/smoke.yaml"))
+    assert "EXACT" in shown
+    out = workplace / "runs/smoke/detox"
+    arms = {row["arm"]: row for row in json.loads((out / "detox.json").read_text())["arms"]}
+    whole, weak, strong = (arms[n]["toxicity"]["value"] for n in ("as it is", "aura 1", "aura 2"))
+    assert whole > 0.5
+    assert strong <= weak < whole
+    assert arms["random as aura 2"]["toxicity"]["value"] > strong
+    assert arms["as it is"]["mentions"]["cooks"]["total"] == 2
+    assert (out / "model/safeft_fold_certificate.json").is_file()
+
+
 def test_harden(workplace: Path) -> None:
     script, config = ROOT / "recipes/harden.py", ROOT / "configs/harden/smoke.yaml"
     assert len(script.read_text().splitlines()) <= 150

@@ -19,6 +19,7 @@ NAMES = {
     "AuditResult",
     "CausalEffect",
     "Certificate",
+    "Dampener",
     "Evaluation",
     "Judge",
     "NeuronMonitor",
@@ -113,6 +114,11 @@ FLAGS = {
         "safeft.commands.monitoring",
         "MonitorArguments",
         {"monitor", "monitor_every", "stop_below", "roll_back"},
+    ),
+    "detox": (
+        "safeft.commands.detox",
+        "DetoxConfig",
+        {"model_name_or_path", "toxic", "neutral", "rule", "strength", "judge", "fold", "undo"},
     ),
     "shield": (
         "safeft.commands.shield",

@@ -93,8 +93,13 @@ def sentences(data: Path) -> list[str]:
     Those with the stem of a harm are left out too: unflagged text still quotes and fears it.
     """
     rows = rows_of(data / "openai_moderation/samples_no_S3.jsonl")
-    texts = [_line(row["prompt"]) for row in rows if not any(row.get(flag) for flag in _FLAGS)]
-    found = [s for text in texts for s in re.split(r"(?<=[.!?])\s+", text)]
+    texts = [row["prompt"] for row in rows if not any(row.get(flag) for flag in _FLAGS)]
+    return [sentence for text in texts for sentence in everyday(text)]
+
+
+def everyday(text: str) -> list[str]:
+    """The sentences of a text, neither short nor long, that hold no stem of a harm."""
+    found = re.split(r"(?<=[.!?])\s+", _line(text))
     return [s for s in found if 4 <= len(s.split()) <= 30 and not re.search(_HARM, s.lower())]
 
 

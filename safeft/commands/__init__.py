@@ -18,6 +18,7 @@ VERBS = {
     "audit": "does refusal hang on one neuron, on a few, on many? tests them, gates a release",
     "sft": "supervised fine-tuning (all of `trl sft`) with the neurons frozen",
     "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
+    "detox": "find the units that drive toxic output, turn them down, in the weights too",
     "verify": "compare base and tuned weights, bit by bit",
     "evaluate": "refusal, over-refusal, domain, drift",
     "report": "what finished runs kept of refusal for what they learnt: a page",

@@ -33,7 +33,7 @@ class LocateConfig:
     harmful_column: str | None = field(default=None, metadata={"help": "Column of a table."})
     benign_column: str | None = field(default=None, metadata={"help": "Column of a table."})
     method: Literal[
-        "attribution", "contrast", "variance", "snip", "wanda", "random", "subspace"
+        "attribution", "contrast", "variance", "snip", "wanda", "expertise", "random", "subspace"
     ] = field(
         default="attribution",
         metadata={"help": "How units are scored, random being the control; or `subspace`."},

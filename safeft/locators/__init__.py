@@ -17,6 +17,7 @@ from safeft.generation import evaluation_mode
 from safeft.locators.attribution import AttributionFitter
 from safeft.locators.calibration import answered, calibrated, check_choice, prompts_hash
 from safeft.locators.contrast import ContrastFitter
+from safeft.locators.expertise import ExpertiseFitter
 from safeft.locators.grouping import Grouping, GroupSizes, check_sizes, group
 from safeft.locators.groups import UnitGroups
 from safeft.locators.openings import refusal_openings
@@ -45,6 +46,7 @@ __all__ = [
     "METHODS",
     "AttributionFitter",
     "ContrastFitter",
+    "ExpertiseFitter",
     "Fitter",
     "GroupSizes",
     "Grouping",
@@ -66,7 +68,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Method: TypeAlias = Literal["contrast", "variance", "attribution", "snip", "wanda", "random"]
+Method: TypeAlias = Literal[
+    "contrast", "variance", "attribution", "snip", "wanda", "expertise", "random"
+]
 METHODS: tuple[str, ...] = get_args(Method)
 
 Where: TypeAlias = Literal["mlp", "attention", "all"]
@@ -82,6 +86,7 @@ Seen: TypeAlias = MutableMapping[tuple[Side, str], Statistics]
 _SCOPES: Mapping[str, Literal["layer", "global"]] = {
     "attribution": "global",
     "variance": "global",
+    "expertise": "global",
 }
 """Where a method ranks by default: one effect scale over layers, or within each layer."""
 
@@ -347,6 +352,8 @@ def _fitter(method: Method, model: PreTrainedModel, sites: Mapping[str, Site], s
         return SnipFitter(model, sites)
     if method == "wanda":
         return WandaFitter(model, sites)
+    if method == "expertise":
+        return ExpertiseFitter(model, sites, tokens="prompt")
     return RandomFitter(sites, seed)
 
 

@@ -122,13 +122,48 @@ class Moments:
         return self._squares / max(1, self.count - 1)
 
 
-class Statistics(dict[Any, Moments | Tensor]):
-    """What a fitter gathered, by name: moments, and sums as tensors."""
+class Samples:
+    """Rows kept as they came, on the CPU: what ranks are made of, which do not add up.
+
+    Example:
+        >>> samples = Samples()
+        >>> samples.update(torch.tensor([[1.0], [3.0]])); samples.update(torch.tensor([[5.0]]))
+        >>> samples.rows.flatten().tolist()
+        [1.0, 3.0, 5.0]
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def update(self, rows: Tensor) -> None:
+        """Take up ``rows`` of shape ``(samples, features)``."""
+        self._parts.append(rows.cpu())
+
+    def merge(self, other: "Samples") -> None:
+        """Take up another's rows after those that are here."""
+        self._parts += other._parts
+
+    @property
+    def rows(self) -> Tensor:
+        """``(samples, features)``, none where nothing was seen."""
+        if len(self._parts) > 1:
+            self._parts = [torch.cat(self._parts)]
+        return self._parts[0] if self._parts else torch.zeros(0, 0)
+
+
+class Statistics(dict[Any, Moments | Samples | Tensor]):
+    """What a fitter gathered, by name: moments, samples, and sums as tensors."""
 
     def moments(self, *key: str) -> Moments:
         """The moments of that name."""
         found = self[key]
         assert isinstance(found, Moments)
+        return found
+
+    def samples(self, *key: str) -> Samples:
+        """The samples of that name."""
+        found = self[key]
+        assert isinstance(found, Samples)
         return found
 
     def total(self, *key: str) -> Tensor:
@@ -144,13 +179,19 @@ class Statistics(dict[Any, Moments | Tensor]):
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of several processes as one: moments by Chan's rule, tensors summed."""
+    """Statistics of several processes as one: moments by Chan's rule, tensors summed.
+
+    Samples follow each other in the order of the processes.
+    """
     whole = Statistics()
     for part in parts:
         for key, value in part.items():
             if isinstance(value, Moments):
                 whole.setdefault(key, Moments())
                 whole.moments(*key).merge(value)
+            elif isinstance(value, Samples):
+                whole.setdefault(key, Samples())
+                whole.samples(*key).merge(value)
             else:
                 whole.add(value, *key)
     return whole

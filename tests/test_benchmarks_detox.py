@@ -1,0 +1,114 @@
+"""The detox benchmark: no text on two sides, a judge that is not fooled by names, sound sums."""
+
+from pathlib import Path
+from typing import Any
+
+import detox
+import detox_data
+import detox_vlm
+import pytest
+
+from safeft.errors import SelectionError
+
+
+@pytest.fixture(scope="module")
+def sources(data_dir: Path) -> dict[str, detox_data.Sources]:
+    return detox_data.read(data_dir)
+
+
+@pytest.mark.data
+def test_no_text_is_on_two_sides(sources: dict[str, detox_data.Sources]) -> None:
+    for field in ("hateful", "flagged", "prompts", "plain", "tricky"):
+        sides = [set(getattr(source, field)) for source in sources.values()]
+        assert all(sides)
+        assert sum(map(len, sides)) - len(set().union(*sides)) <= 0.01 * sum(map(len, sides))
+
+
+@pytest.mark.data
+def test_both_classes_of_the_calibration_name_groups_and_follow_the_same_prompts(
+    sources: dict[str, detox_data.Sources],
+) -> None:
+    toxic, neutral = detox_data.calibration(sources["calibration"], 200, 0)
+    assert len(toxic) == len(neutral) == 200
+    named = [
+        sum(bool(detox_data._MASK.search((p.response or "").lower())) for p in side)
+        for side in (toxic, neutral)
+    ]
+    assert min(named) > 50
+    assert {p.text for p in toxic[:100]} & {p.text for p in neutral[:100]}
+
+
+@pytest.mark.data
+def test_a_group_for_each_name_with_prompts_and_texts(
+    sources: dict[str, detox_data.Sources],
+) -> None:
+    groups = detox_data.groups(sources["test"])
+    assert len(groups) == 7
+    assert all(group.prompts and group.words and group.texts for group in groups.values())
+
+
+def test_a_text_has_one_side_and_the_shares_are_kept() -> None:
+    sides = [detox_data.side_of(str(number)) for number in range(4000)]
+    assert sides == [detox_data.side_of(str(number)) for number in range(4000)]
+    for side, share in detox_data.SHARES.items():
+        assert abs(sides.count(side) / 4000 - share) < 0.03
+
+
+def arm(name: str, toxic: float, seed_rise: float) -> dict[str, Any]:
+    shares = {"toxicity_by_source": toxic, "toxicity_fall": 1 - toxic, "mention_rate": 0.5}
+    return {
+        "arm": name,
+        "rule": "aura",
+        "strength": 1.0,
+        "toxicity": {"value": toxic},
+        "perplexity_rise": seed_rise,
+        "group_loss": {"a": 1.0},
+        "units": 3,
+        "meets_aim": False,
+        **shares,
+    }
+
+
+def test_summaries_are_means_over_the_seeds() -> None:
+    runs = [{"arms": [arm("x", 0.2, 0.01)]}, {"arms": [arm("x", 0.4, 0.03), arm("y", 1.0, 0.0)]}]
+    one, other = detox.summary(runs)
+    assert one["toxicity"] == {"mean": pytest.approx(0.3), "sd": pytest.approx(0.1414, abs=1e-4)}
+    assert (one["seeds"], other["seeds"]) == (2, 1)
+    assert other["toxicity"]["sd"] is None
+    cells = {cell: runs[0]["arms"] for cell in detox_vlm.CELLS}
+    (row,) = detox_vlm.summary([{"cells": cells}])
+    assert row["en/image"]["toxicity"]["mean"] == 0.2
+
+
+class Drawn:
+    """A dampener of which only the control is asked for."""
+
+    def at_random(self, seed: int) -> "Drawn":
+        return Drawn()
+
+
+def test_arms_are_every_rule_with_a_control_of_its_strongest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_pays(*_: object, **__: object) -> None:
+        raise SelectionError("no unit pays")
+
+    monkeypatch.setattr(detox, "dampen", lambda *_, **__: Drawn())
+    monkeypatch.setattr(detox, "keep_paying", none_pays)
+    experts: Any = dict.fromkeys(detox.WAYS)
+    arms = detox.arms_of(None, None, experts, ([], []), seed=0, thin=2)
+    names = [arm.name for arm in arms]
+    assert names[0] == "as it is"
+    assert len(set(names)) == len(names)
+    assert [n for n in names if n.startswith("aura, max")] == ["aura, max 1", "aura, max 3"]
+    strongest = [arms[at - 1].name for at, arm in enumerate(arms) if arm.rule == "random"]
+    assert [f"random as {name}" for name in strongest] == [n for n in names if "random" in n]
+    assert len(strongest) == sum(len(rules) for _, rules in detox.WAYS.values())
+    assert {"det0, mean, no null 0.1", "det0, mean, checked"}.isdisjoint(names)
+    assert arms[-1].prefix
+    assert arms[-1].dampener
+
+
+def test_the_insult_is_made_up_and_told_by_its_word() -> None:
+    said = detox_vlm.UGLY.format(v="make", n="bomb")
+    assert detox_vlm.WordJudge(("blorg*",))([said], [said]) == [True]
