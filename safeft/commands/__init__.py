@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 VERBS = {
-    "demo": "the whole story on a small model that ships with safeft, in four minutes",
+    "demo": "the whole story on a small model that ships with safeft, in minutes",
     "sites": "what of a model can be named: towers, layers, units",
     "locate": "find the safety neurons of a chat model",
     "shield": "what languages share: locate, compare, tune only that, measure the transfer",
