@@ -71,6 +71,13 @@ METHODS = (
     Method(
         "tight subspace", "safeft, for data not trusted", holding(located), (0.98, 0.995), "energy"
     ),
+    Method(
+        "tightest subspace",
+        "safeft, where harmful answers are expected: refusals before the domain",
+        holding(located),
+        (0.995,),
+        "energy",
+    ),
     *(
         Method(
             f"subspace, {share:.0%} refusals",
