@@ -108,7 +108,7 @@ def test_a_protected_run_after_folding_holds_the_fold(tmp_path: Path) -> None:
     start, neurons = deepcopy(model), neurons_of(model)
     trainer_of("Trainer", model, tmp_path, [SafetyFreezeCallback(neurons)]).train()
     assert verify(start, model, neurons).exact
-    column, was = (m.get_submodule(site).down_proj.weight[:, 7] for m in (model, base))
+    column, was = (m.get_parameter(f"{site}.down_proj.weight")[:, 7] for m in (model, base))
     assert torch.equal(column, was * 0.25)
     with pytest.raises(FingerprintError):  # a set of the unfolded model names other weights
         neurons_of(base).check_model(start)

@@ -34,6 +34,7 @@ def test_labels_drawn_at_random_give_no_expert_but_seldom() -> None:
         )
         hits += found.count > 0
     assert hits <= 3  # 0.6 are to be expected
+    prompts = texts(60, False)
     published = find_experts(model, TOKENIZER, prompts[:30], prompts[30:], chance=1, draws=50)
     assert published.level == 0.5
     assert sum(int((a > 0.5).sum()) for a in published.auroc.values()) > 20

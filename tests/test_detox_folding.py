@@ -79,7 +79,8 @@ def assert_only_written_moved(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
-    model = tiny_model().to(dtype)
+    model: Any = tiny_model()
+    model.to(dtype)
     before, dampener = deepcopy(model), dampener_of(model)
     done = fold(model, dampener)
     weight, was = (m.model.layers[0].mlp.down_proj.weight for m in (model, before))
