@@ -3,9 +3,9 @@
 import dataclasses
 import inspect
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -141,9 +141,9 @@ def test_help_is_quick_and_lists_all_verbs() -> None:
     command = [sys.executable, "-m", "safeft", "--help"]
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.5
+        times.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - start)
+    assert min(times) < 0.4  # of the processor: others on the machine do not count
     assert all(verb in shown for verb in VERBS)
     assert all((PACKAGE / "commands" / f"{verb}.py").is_file() for verb in VERBS)
