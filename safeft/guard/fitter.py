@@ -29,7 +29,7 @@ from safeft.guard.head import GuardHead, LayerProbe, weights_of
 from safeft.guard.places import KINDS, Kind, find_places
 from safeft.guard.pooling import FeatureStore, fill
 from safeft.guard.probes import STRENGTHS, chunks, fewest, probe_path
-from safeft.guard.reading import Example, as_example, text_hashes, windows
+from safeft.guard.reading import Example, as_example, longest, text_hashes, windows
 from safeft.guard.training import outputs, searched
 from safeft.progress import progress
 from safeft.prompts import Reader, tokenizer_of
@@ -99,7 +99,7 @@ class GuardFitter:
         self.reading: dict[str, Any] = {
             "chat": chat,
             "chat_template": chat_template,
-            "max_length": longest(model, max_length),
+            "max_length": longest(model, max_length or min(512, longest(model))),
         }
         self._weights = weights_of(model)
         owner = f"{self._weights}/{[place.name for place in self._places]}"
@@ -339,22 +339,6 @@ def _targets(
         names.append(name)
         columns.append(column)
     return ("harmful", *names), torch.stack(columns, 1)
-
-
-def longest(model: Any, wanted: int | None) -> int:
-    """Tokens of a window: what is wanted, or 512, and no more than the model has places for.
-
-    Raises:
-        ConfigError: More than it has.
-    """
-    text = model.config.get_text_config()
-    room = getattr(text, "max_position_embeddings", None) or 512
-    if wanted is not None and not 8 <= wanted <= room:
-        raise ConfigError(
-            f"max_length={wanted}: this model reads 8 to {room} tokens at once. Longer texts are "
-            "read in windows; give a number in that range."
-        )
-    return wanted or min(512, room)
 
 
 def _label(label: Any) -> bool | frozenset[str]:

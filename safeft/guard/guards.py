@@ -13,8 +13,18 @@ from safeft.files import upload
 from safeft.forms import Prompt
 from safeft.generation import evaluation_mode
 from safeft.guard.head import GuardHead
-from safeft.guard.pooling import check_finite, pooled
-from safeft.guard.reading import Example, Phase, as_example, batched, windows
+from safeft.guard.places import taken, watched
+from safeft.guard.pooling import backbone, check_finite, pooled
+from safeft.guard.reading import (
+    Example,
+    Phase,
+    Window,
+    as_example,
+    batched,
+    check_writes,
+    longest,
+    windows,
+)
 from safeft.prompts import Reader, input_device
 
 
@@ -141,11 +151,61 @@ class Guard:
         first, second = self.score([asked, prompt])
         return {"prompt": first, "answer": second}
 
-    def stream(self, model: Any = None) -> Any:
-        """Scores of an answer while the guard's own model writes it; see :class:`GuardStream`."""
+    @torch.no_grad()
+    def score_prefixes(self, chat: Example) -> Tensor:
+        """Scores of every prefix of a chat's answer, in one pass.
+
+        What a stream would have said of it, had the model written it.
+
+        Args:
+            chat: A chat with an answer; one that is too long for the model loses its beginning.
+
+        Returns:
+            float32 ``(tokens, outputs)``.
+
+        Raises:
+            PromptError: There is no answer.
+            ConfigError: The model reads in both directions: what it makes of a prefix hangs on
+                what follows.
+        """
+        prompt = as_example(chat, 0)
+        if not (prompt.response or "").strip():
+            raise PromptError(f"{prompt.text[:60]!r} has no answer, so there are no prefixes.")
+        check_writes(self.model)
+        room = longest(self.model)
+        (shown,) = windows(
+            self.tokenizer, prompt, 1 << 30, self.head.reading["chat"],
+            self.head.reading["chat_template"],
+        )  # fmt: skip
+        shown = Window(shown.context[max(0, len(shown) - room) :], shown.read[-room:])
+        ((_, batch),) = batched(self.tokenizer, [shown], 1, input_device(self.model))
+        start, count = len(shown.context), len(shown.read)
+        ready, places = self.head.on(input_device(self.model)), self.head.places
+
+        def sums(number: int, values: Tensor) -> Tensor:
+            chosen = values.view(len(shown), -1)[start:].index_select(1, ready.selected[number])
+            return chosen.float().cumsum(0)
+
+        with evaluation_mode(self.model), watched(self.model, places, sums) as seen:
+            backbone(self.model)(input_ids=batch.input_ids)
+        numbers = torch.arange(1, count + 1, device=batch.input_ids.device)[:, None]
+        return ready.scores(torch.cat(taken(seen, places), 1) / numbers).cpu()
+
+    def stream(self, attention_mask: Tensor, policy: Any = None, **settings: Any) -> Any:
+        """A stopping criterion that scores answers while this model writes them.
+
+        Args:
+            attention_mask: As given to ``generate``.
+            policy: Which rows are to stop; None for none.
+            **settings: Of :class:`safeft.guard.stream.GuardStream`.
+
+        Example:
+            >>> with guard.stream(given["attention_mask"]) as stream:  # doctest: +SKIP
+            ...     model.generate(**given, stopping_criteria=[stream])
+        """
         from safeft.guard.stream import GuardStream
 
-        return GuardStream(self, self.model if model is None else model)
+        return GuardStream(self, attention_mask, policy, **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the head; the model is not copied.
@@ -194,19 +254,19 @@ class GuardEnsemble:
                 f"{len(guards)} guards with weights {shares}: an ensemble has two guards or more, "
                 "and a weight of 0 or above for each, not all 0."
             )
-        self._guards = list(guards)
+        self.guards = list(guards)
         self._shares = torch.tensor(shares) / sum(shares)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Labels that all guards have."""
-        common = set.intersection(*(set(guard.labels) for guard in self._guards))
-        return tuple(name for name in self._guards[0].labels if name in common)
+        common = set.intersection(*(set(guard.labels) for guard in self.guards))
+        return tuple(name for name in self.guards[0].labels if name in common)
 
     def score(self, texts: Iterable[Example], *, batch_size: int = 16) -> list[Score]:
         """One score a text, in the order given; see :meth:`Guard.score`."""
         asked = list(texts)
-        each = [guard.score(asked, batch_size=batch_size) for guard in self._guards]
+        each = [guard.score(asked, batch_size=batch_size) for guard in self.guards]
         found = torch.zeros(len(asked), len(self.labels))
         for share, scores in zip(self._shares, each, strict=True):
             rows = [[s.harmful, *(s.labels[name] for name in self.labels[1:])] for s in scores]

@@ -81,7 +81,8 @@ def find_places(model: nn.Module, kinds: Sequence[Kind] = KINDS) -> list[Place]:
     return [found[key] for key in sorted(found)]
 
 
-Reduce: TypeAlias = Callable[[Tensor], Tensor]
+Reduce: TypeAlias = Callable[[int, Tensor], Tensor]
+"""From a place's number and what it shows to what is kept of it."""
 
 
 @contextmanager
@@ -104,14 +105,14 @@ def watched(
 
     def before(number: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[number] = inputs[0] if reduce is None else reduce(inputs[0])
+            seen[number] = inputs[0] if reduce is None else reduce(number, inputs[0])
 
         return hook
 
     def after(number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            seen[number] = value if reduce is None else reduce(value)
+            seen[number] = value if reduce is None else reduce(number, value)
 
         return hook
 

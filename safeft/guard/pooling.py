@@ -45,7 +45,7 @@ def pooled(model: Any, places: Sequence[Place], batch: Batch) -> list[Tensor]:
     read = batch.is_response.float()
     weights = (read / read.sum(1, keepdim=True))[:, None]
 
-    def mean(values: Tensor) -> Tensor:
+    def mean(_: int, values: Tensor) -> Tensor:
         # Some layers (OPT's) receive texts and tokens as one axis.
         values = values.view(*read.shape, -1).float()
         return torch.bmm(weights.to(values.device), values)[:, 0]

@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from safeft.batch import Batch, pad
-from safeft.errors import PromptError
+from safeft.errors import ConfigError, PromptError
 from safeft.files import sha256
 from safeft.forms import Prompt, PromptLike, as_prompts
 from safeft.prompts import Reader, pad_token, row_of, tokenizer_of
+from safeft.sites import plain_model
 
 Phase: TypeAlias = Literal["prompt", "reasoning", "answer"]
 PHASES: tuple[Phase, ...] = ("prompt", "reasoning", "answer")
@@ -116,6 +117,37 @@ def batched(
         numbers = order[start : start + batch_size]
         pairs = [(shown[number].context, shown[number].read) for number in numbers]
         yield numbers, pad(pairs, padding, False, 1, device)
+
+
+def longest(model: Any, wanted: int | None = None) -> int:
+    """Tokens read at once: what is wanted, or as many as the model has places for.
+
+    Raises:
+        ConfigError: More than it has, or next to none.
+    """
+    config: Any = plain_model(model).config
+    text = config.get_text_config()
+    room = int(getattr(text, "max_position_embeddings", None) or 512)
+    if wanted is not None and not 8 <= wanted <= room:
+        raise ConfigError(
+            f"max_length={wanted}: this model reads 8 to {room} tokens at once. Longer texts are "
+            "read in windows; give a number in that range."
+        )
+    return wanted or room
+
+
+def check_writes(model: Any) -> None:
+    """Refuse a model that does not write from left to right.
+
+    Raises:
+        ConfigError: It cannot generate.
+    """
+    plain = plain_model(model)
+    if not getattr(plain, "can_generate", bool)():
+        raise ConfigError(
+            f"{type(plain).__name__} does not write answers, so there is no stream to score. Score "
+            "finished texts with `guard.score`, or fit a guard on the model that writes."
+        )
 
 
 def normal(text: str) -> str:

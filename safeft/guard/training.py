@@ -18,6 +18,9 @@ from safeft.progress import progress
 
 EPOCHS, PATIENCE, BATCH = 200, 12, 256
 
+FILE_BYTES = 50_000_000
+"""What the first layer may take on disk: over many units, hidden ones are fewer."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,16 +32,21 @@ class Recipe:
     decay: float
 
 
-def recipes(count: int, seed: int) -> list[Recipe]:
-    """The usual recipe, then drawn ones."""
+def widest(units: int, members: int) -> int:
+    """Hidden units of a member that the file has room for, in float16."""
+    return max(8, FILE_BYTES // (2 * max(1, units) * members))
+
+
+def recipes(count: int, seed: int, most: int = 256) -> list[Recipe]:
+    """The usual recipe, then drawn ones, of ``most`` hidden units at most."""
     draw = torch.Generator().manual_seed(seed)
 
     def one() -> Recipe:
         a, b, c, d = torch.rand(4, generator=draw).tolist()
         hidden, dropout = (64, 128, 256)[int(3 * a)], round(0.1 + 0.5 * b, 3)
-        return Recipe(hidden, dropout, 10 ** (-3.7 + 1.4 * c), 10 ** (-3 + 2.5 * d))
+        return Recipe(min(hidden, most), dropout, 10 ** (-3.7 + 1.4 * c), 10 ** (-3 + 2.5 * d))
 
-    return [Recipe(128, 0.3, 1e-3, 1e-2), *(one() for _ in range(count - 1))]
+    return [Recipe(min(128, most), 0.3, 1e-3, 1e-2), *(one() for _ in range(count - 1))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +158,7 @@ def searched(
     Returns:
         The network, and what was tried.
     """
-    tried = recipes(count, seed)
+    tried = recipes(count, seed, widest(inputs.shape[1], len(folds)))
     steps = iter(progress(range(len(tried) + len(folds) - 1), "training the guard"))
 
     def without(number: int, recipe: Recipe) -> tuple[Network, float]:
