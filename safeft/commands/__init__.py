@@ -19,6 +19,7 @@ VERBS = {
     "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
     "verify": "compare base and tuned weights, bit by bit",
     "evaluate": "refusal, over-refusal, domain, drift",
+    "guard": "harmfulness from inner activations: fit, score, stream, evaluate, serve",
     "report": "what finished runs kept of refusal for what they learnt: a page",
     "env": "versions and devices, for bug reports",
 }

@@ -13,7 +13,7 @@ from safeft.guard.folds import folds
 from safeft.guard.guards import Guard
 from safeft.guard.pooling import FeatureStore, fill
 from safeft.guard.probes import probe_path
-from safeft.guard.reading import Example, as_example, windows
+from safeft.guard.reading import Example, as_examples, windows
 from safeft.prompts import Reader
 
 _STRENGTH = 0.1
@@ -72,7 +72,7 @@ def readability(
         )
     guard.head.check_model(model, weights_too=False)
     truth = torch.tensor([True] * len(harmful) + [False] * len(benign))
-    prompts = [as_example(item, number) for number, item in enumerate([*harmful, *benign])]
+    prompts = as_examples([*harmful, *benign])
     reading, places = guard.head.reading, guard.head.places
     shown = [
         windows(tokenizer, p, reading["max_length"], reading["chat"], reading["chat_template"])[0]

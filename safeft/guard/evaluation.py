@@ -10,7 +10,7 @@ from torch import Tensor
 from safeft.errors import PromptError
 from safeft.guard.figures import auroc, macro_f1
 from safeft.guard.guards import Guard, Scorer
-from safeft.guard.reading import Example, as_example, text_hashes
+from safeft.guard.reading import Example, as_examples, text_hashes
 from safeft.intervals import Interval, Rate
 from safeft.progress import progress
 
@@ -150,7 +150,7 @@ def evaluate_guard(
     """
     ready = {}
     for name, (examples, labels) in sets.items():
-        prompts = [as_example(item, number) for number, item in enumerate(examples)]
+        prompts = as_examples(examples)
         if not prompts or len(prompts) != len(labels):
             raise PromptError(
                 f"{name!r} has {len(prompts)} texts and {len(labels)} labels; a set has as many of "

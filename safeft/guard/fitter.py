@@ -29,7 +29,7 @@ from safeft.guard.head import GuardHead, LayerProbe, weights_of
 from safeft.guard.places import KINDS, Kind, find_places
 from safeft.guard.pooling import FeatureStore, fill
 from safeft.guard.probes import STRENGTHS, chunks, fewest, probe_path
-from safeft.guard.reading import Example, as_example, longest, text_hashes, windows
+from safeft.guard.reading import Example, as_examples, longest, text_hashes, windows
 from safeft.guard.training import outputs, searched
 from safeft.progress import progress
 from safeft.prompts import Reader, tokenizer_of
@@ -134,7 +134,7 @@ class GuardFitter:
             PromptError: An empty text, or not as many labels as texts.
             ActivationError: Activations that are no numbers.
         """
-        prompts = [as_example(item, number) for number, item in enumerate(examples)]
+        prompts = as_examples(examples)
         named = [_label(label) for label in labels]
         grouped = list(groups) if groups is not None else list(range(len(prompts)))
         if not len(prompts) == len(named) == len(grouped):

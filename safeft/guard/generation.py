@@ -15,7 +15,7 @@ from safeft.generation import evaluation_mode
 from safeft.guard.guards import Guard
 from safeft.guard.log import AuditLog
 from safeft.guard.policy import Action, Policy, severest
-from safeft.guard.reading import Example, Phase, as_example
+from safeft.guard.reading import Example, Phase, as_examples
 from safeft.guard.stream import GuardStream
 from safeft.prompts import input_device, pad_token, row_of, tokenizer_of
 
@@ -123,7 +123,7 @@ class GuardedGeneration:
         _check_settings(generation)
         guard, policy = self._guard, self._policy
         plain, model = tokenizer_of(guard.tokenizer), guard.model
-        prompts = [as_example(chat, number) for number, chat in enumerate(chats)]
+        prompts = as_examples(chats)
         template = guard.head.reading["chat_template"]
         rows = [row_of(guard.tokenizer, prompt, template, answered=False) for prompt in prompts]
         padding = pad_token(guard.tokenizer)

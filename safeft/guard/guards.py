@@ -20,6 +20,7 @@ from safeft.guard.reading import (
     Phase,
     Window,
     as_example,
+    as_examples,
     batched,
     check_writes,
     longest,
@@ -104,7 +105,7 @@ class Guard:
             PromptError: An empty text; its number is named.
             ActivationError: Activations that are no numbers.
         """
-        prompts = [as_example(item, number) for number, item in enumerate(texts)]
+        prompts = as_examples(texts)
         reading = self.head.reading
         shown, owner = [], []
         for number, prompt in enumerate(prompts):

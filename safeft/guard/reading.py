@@ -5,7 +5,7 @@ texts at work; one without (an encoder) is shown the bare text. Of a chat the pr
 read, or the answer's: an answer is read in the context of what was asked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -64,6 +64,20 @@ def as_example(item: Example, number: int) -> Prompt:
             "what the image shows would pass unseen. Leave the image out."
         )
     return prompt
+
+
+def as_examples(items: Iterable[Example]) -> list[Prompt]:
+    """Examples in order, as :class:`Prompt` values.
+
+    Raises:
+        PromptError: One text instead of a list, or an example that cannot be read.
+    """
+    if isinstance(items, str | Mapping):
+        raise PromptError(
+            f"Texts are given as one {type(items).__name__}; give a list, or each letter would be "
+            "scored."
+        )
+    return [as_example(item, number) for number, item in enumerate(items)]
 
 
 def text_of_example(prompt: Prompt) -> str:

@@ -35,7 +35,7 @@ def file_size(
         >>> from transformers import Qwen3Config
         >>> four = Qwen3Config(num_hidden_layers=36, hidden_size=2560, intermediate_size=9728)
         >>> round(file_size(four) / 1e6)
-        57
+        56
     """
     text = config.get_text_config()
     widths = {"residual": text.hidden_size, "mlp": getattr(text, "intermediate_size", 0)}

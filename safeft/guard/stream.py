@@ -110,10 +110,16 @@ class GuardStream(StoppingCriteria):
         if self._calls:
             return values
         self._flat.add(values.ndim)
-        values = values.view(self._rows, -1, values.shape[-1])
+        tokens = values.numel() // (self._rows * values.shape[-1])
         if number == 0:
-            self._at += values.shape[1]
-        mask = self._mask[:, self._at - values.shape[1] : self._at].to(values.device)
+            self._at += tokens
+        # Some layers (OPT's) receive rows and tokens as one axis.
+        if values.shape[:-1].numel() != self._rows * tokens or (
+            self._at > self._width or values.ndim == 3 and len(values) != self._rows
+        ):  # fmt: skip
+            raise self._not_by_token((len(values), self._at))
+        values = values.view(self._rows, tokens, -1)
+        mask = self._mask[:, self._at - tokens : self._at].to(values.device)
         total = torch.bmm(mask[:, None].float(), values.float())[:, 0]
         before = self._seen[number]  # of earlier pieces, where a long prompt is run in several
         return total if before is None else total + before
@@ -127,7 +133,7 @@ class GuardStream(StoppingCriteria):
         first = self._seen[0]
         one_each = first is not None and first.numel() == self._rows * self._places[0].width
         if not one_each or input_ids.shape[1] != self._width + self._calls:
-            raise self._not_by_token(input_ids)
+            raise self._not_by_token(tuple(input_ids.shape))
         # A copy: what a layer showed may be overwritten by the next step.
         self._pending.append(self._side_by_side(taken(self._seen, self._places)))
         if self._reasoning is not None:
@@ -170,7 +176,7 @@ class GuardStream(StoppingCriteria):
 
     def _begin(self, input_ids: Tensor) -> Tensor:
         if input_ids.shape != (self._rows, self._width + 1) or self._at != self._width:
-            raise self._not_by_token(input_ids)
+            raise self._not_by_token(tuple(input_ids.shape))
         self._ready = self._guard.head.on(input_ids.device)
         values = taken(self._seen, self._places)
         # Weights may be spread over devices, and some layers (OPT's) receive rows as tokens.
@@ -207,9 +213,9 @@ class GuardStream(StoppingCriteria):
         self._phases.append(torch.stack(phases).long())
         return torch.stack(means), torch.stack(counts)
 
-    def _not_by_token(self, input_ids: Tensor) -> StreamError:
+    def _not_by_token(self, shape: tuple[int, ...]) -> StreamError:
         return StreamError(
-            f"After {self._calls} steps there are {tuple(input_ids.shape)} tokens, from "
+            f"After {self._calls} steps there are {shape} tokens, from "
             f"{(self._rows, self._width)} of the prompts, and the last pass did not run one token "
             "a row. Streams are scored where generating goes token by token, with the cache: no "
             "beams, no assistant model, no `use_cache=False`, `num_return_sequences=1`; and the "

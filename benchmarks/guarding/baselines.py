@@ -1,0 +1,217 @@
+"""What the guard is compared with: the same without one of its parts, and other methods.
+
+``SirenScheme`` is written after the released scripts' description (arXiv 2604.18519; the package
+``llm-siren`` holds the runtime only): Adam probes, then a network found by cross-validated search.
+Its search draws recipes at random where the paper uses a Parzen estimator.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+from safeft.guard.figures import macro_f1
+from safeft.guard.fitter import GuardFitter
+from safeft.guard.head import LayerProbe
+from safeft.guard.probes import fewest
+
+
+class UniformWeights(GuardFitter):
+    """All layers count alike."""
+
+    def _probes(self, *given: Any) -> list[LayerProbe]:
+        return [replace(probe, layer_weight=1.0) for probe in super()._probes(*given)]
+
+
+class AllUnits(GuardFitter):
+    """Every unit is read, whatever the probes say."""
+
+    def _probes(self, *given: Any) -> list[LayerProbe]:
+        every = [(probe, torch.arange(probe.place.width)) for probe in super()._probes(*given)]
+        return [replace(probe, selected=units) for probe, units in every]
+
+
+class RandomUnits(GuardFitter):
+    """As many units of each layer, drawn at random."""
+
+    def _probes(self, *given: Any) -> list[LayerProbe]:
+        draw = torch.Generator().manual_seed(0)
+        return [
+            replace(
+                probe,
+                selected=torch.randperm(probe.place.width, generator=draw)[: len(probe.selected)]
+                .sort()
+                .values,
+            )
+            for probe in super()._probes(*given)
+        ]
+
+
+class LastLayer(GuardFitter):
+    """The network reads the last block's residual stream alone, all of it."""
+
+    def _probes(self, *given: Any) -> list[LayerProbe]:
+        probes = super()._probes(*given)
+        last = max(n for n, probe in enumerate(probes) if probe.place.kind == "residual")
+        none, every = torch.arange(0), torch.arange(probes[last].place.width)
+        return [
+            replace(probe, selected=every if n == last else none, layer_weight=1.0)
+            for n, probe in enumerate(probes)
+        ]
+
+
+def last_layer_probe(train: Tensor, truth: Sequence[bool], test: Tensor) -> Tensor:
+    """Logistic regression on the last block's means; its strength by cross-validation."""
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(
+        StandardScaler(),
+        LogisticRegressionCV(
+            Cs=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], cv=3, scoring="f1_macro", max_iter=300,
+            l1_ratios=(0.0,), use_legacy_attributes=False,
+        ),
+    ).fit(train.numpy(), truth)  # fmt: skip
+    return torch.tensor(model.predict_proba(test.numpy())[:, 1])
+
+
+def tfidf(train: Sequence[str], truth: Sequence[bool], test: Sequence[str]) -> Tensor:
+    """Words and pairs of words, with logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
+        LogisticRegressionCV(
+            Cs=[0.1, 1.0, 10.0, 100.0], cv=3, scoring="f1_macro", max_iter=300,
+            l1_ratios=(0.0,), use_legacy_attributes=False,
+        ),
+    ).fit(train, truth)  # fmt: skip
+    return torch.tensor(model.predict_proba(test)[:, 1])
+
+
+class SirenScheme:
+    """Probes by Adam, selection, layer weights, and a searched network, on pooled features.
+
+    Args:
+        layers: Number of layers whose features lie side by side.
+        trials: Recipes of the search; the paper's 32.
+        splits: Of the cross-validation; the paper's 5.
+        epochs: Of one trial; of the final network 512.
+        seed: Of everything.
+    """
+
+    strengths = (200.0, 500.0, 1000.0)
+
+    def __init__(
+        self, layers: int, *, trials: int = 32, splits: int = 5, epochs: int = 50, seed: int = 0
+    ) -> None:
+        self.layers, self.trials, self.splits = layers, trials, splits
+        self.epochs, self.seed = epochs, seed
+        self.seconds: dict[str, float] = {}
+
+    def fit(self, features: Tensor, truth: Tensor, rows: Tensor, held: Tensor) -> SirenScheme:
+        """Fit on ``rows``, choosing on ``held``."""
+        torch.manual_seed(self.seed)
+        start = time.perf_counter()
+        target = truth.float()
+        chosen, scores = [], []
+        for layer in features.chunk(self.layers, 1):
+            best = (-1.0, torch.zeros(0))
+            for strength in self.strengths:
+                probe = self._probe(layer, target, rows, held, strength, 100, 15)
+                score = float(macro_f1(layer[held] @ probe[0] + probe[1] > 0, truth[held]))
+                best = max(best, (score, torch.tensor(strength)), key=lambda pair: pair[0])
+            weights, bias = self._probe(layer, target, rows, held, float(best[1]), 500, 50)
+            scores.append(float(macro_f1(layer[held] @ weights + bias > 0, truth[held])))
+            chosen.append(fewest(weights, 0.9))
+        low, high = min(scores), max(scores)
+        weights = [max(0.1, (s - low) / (high - low)) if high > low else 1.0 for s in scores]
+        self._read = list(zip(chosen, weights, strict=True))
+        self.seconds["probes"] = time.perf_counter() - start
+        start = time.perf_counter()
+        inputs = self._inputs(features)
+        self._network(inputs, target, torch.cat([rows, held]))
+        self.seconds["network"] = time.perf_counter() - start
+        return self
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Probabilities, float32 ``(texts,)``."""
+        with torch.no_grad():
+            return self._net(self._inputs(features))[:, 0].sigmoid()
+
+    def _inputs(self, features: Tensor) -> Tensor:
+        parts = zip(features.chunk(self.layers, 1), self._read, strict=True)
+        return torch.cat([layer[:, units] * weight for layer, (units, weight) in parts], 1)
+
+    def _probe(
+        self, layer: Tensor, target: Tensor, rows: Tensor, held: Tensor, strength: float,
+        epochs: int, patience: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        weights = torch.zeros(layer.shape[1]).uniform_(-0.05, 0.05).requires_grad_()
+        bias = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.Adam([weights, bias], lr=0.01)
+        best, kept, waited = -1.0, (weights.detach().clone(), bias.detach().clone()), 0
+        for _ in range(epochs):
+            for part in rows[torch.randperm(len(rows))].split(256):
+                optimizer.zero_grad()
+                loss = cross_entropy(layer[part] @ weights + bias, target[part])
+                (loss + (weights.abs().sum() + bias.abs().sum()) / strength).backward()
+                optimizer.step()
+            with torch.no_grad():
+                now = float(macro_f1(layer[held] @ weights + bias > 0, target[held] > 0.5))
+            waited += 1
+            if now > best:
+                best, kept, waited = now, (weights.detach().clone(), bias.detach().clone()), 0
+            if waited > patience:
+                break
+        return kept
+
+    def _network(self, inputs: Tensor, target: Tensor, rows: Tensor) -> None:
+        draw = random.Random(self.seed)
+        order = rows[torch.randperm(len(rows))]
+        folds = order.chunk(self.splits)
+        best = (-1.0, None)
+        for _ in range(self.trials):
+            depth = draw.choice((1, 2))
+            recipe = {
+                "hidden": [draw.choice((256, 512, 1024, 2048)), draw.choice((128, 256, 512, 1024))][
+                    :depth
+                ],
+                "dropout": draw.uniform(0.2, 0.5),
+                "rate": 10 ** draw.uniform(-4, -2.3),
+            }
+            scores = []
+            for number, fold in enumerate(folds):
+                others = torch.cat([f for n, f in enumerate(folds) if n != number])
+                net = self._train(inputs, target, others, recipe, self.epochs)
+                with torch.no_grad():
+                    flagged = net(inputs[fold])[:, 0] > 0
+                scores.append(float(macro_f1(flagged, target[fold] > 0.5)))
+            best = max(best, (sum(scores) / len(scores), recipe), key=lambda pair: pair[0])
+        self._net = self._train(inputs, target, rows, best[1], 512 if self.epochs >= 50 else 60)
+
+    def _train(
+        self, inputs: Tensor, target: Tensor, rows: Tensor, recipe: Any, epochs: int
+    ) -> nn.Module:
+        sizes = [inputs.shape[1], *recipe["hidden"]]
+        parts: list[nn.Module] = []
+        for one, other in zip(sizes, sizes[1:], strict=False):
+            parts += [nn.Linear(one, other), nn.ReLU(), nn.Dropout(recipe["dropout"])]
+        net = nn.Sequential(*parts, nn.Linear(sizes[-1], 1))
+        optimizer = torch.optim.Adam(net.parameters(), lr=recipe["rate"], weight_decay=1e-4)
+        for _ in range(epochs):
+            for part in rows[torch.randperm(len(rows))].split(8192):
+                optimizer.zero_grad()
+                cross_entropy(net(inputs[part])[:, 0], target[part]).backward()
+                optimizer.step()
+        return net.eval()
