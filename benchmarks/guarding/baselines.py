@@ -69,34 +69,32 @@ class LastLayer(GuardFitter):
 
 def last_layer_probe(train: Tensor, truth: Sequence[bool], test: Tensor) -> Tensor:
     """Logistic regression on the last block's means; its strength by cross-validation."""
-    from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = make_pipeline(
-        StandardScaler(),
-        LogisticRegressionCV(
-            Cs=[1e-4, 1e-3, 1e-2, 1e-1, 1.0], cv=3, scoring="f1_macro", max_iter=300,
-            l1_ratios=(0.0,), use_legacy_attributes=False,
-        ),
-    ).fit(train.numpy(), truth)  # fmt: skip
+    model = _searched(StandardScaler(), [1e-4, 1e-3, 1e-2, 1e-1, 1.0]).fit(train.numpy(), truth)
     return torch.tensor(model.predict_proba(test.numpy())[:, 1])
 
 
 def tfidf(train: Sequence[str], truth: Sequence[bool], test: Sequence[str]) -> Tensor:
-    """Words and pairs of words, with logistic regression."""
+    """Words and pairs of words, with logistic regression; its strength by cross-validation."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegressionCV
+
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    model = _searched(words, [0.1, 1.0, 10.0, 100.0]).fit(train, truth)
+    return torch.tensor(model.predict_proba(test)[:, 1])
+
+
+def _searched(first: Any, strengths: Sequence[float]) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
-        LogisticRegressionCV(
-            Cs=[0.1, 1.0, 10.0, 100.0], cv=3, scoring="f1_macro", max_iter=300,
-            l1_ratios=(0.0,), use_legacy_attributes=False,
-        ),
-    ).fit(train, truth)  # fmt: skip
-    return torch.tensor(model.predict_proba(test)[:, 1])
+    return GridSearchCV(
+        make_pipeline(first, LogisticRegression(max_iter=300)),
+        {"logisticregression__C": strengths},
+        scoring="f1_macro",
+        cv=StratifiedKFold(3, shuffle=True, random_state=0),
+    )
 
 
 class SirenScheme:
