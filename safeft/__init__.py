@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from safeft.freeze.callback import SafetyFreezeCallback as SafetyFreezeCallback
     from safeft.freeze.certificate import Certificate as Certificate
     from safeft.freeze.verify import verify as verify
+    from safeft.guard.fitter import GuardFitter as GuardFitter
+    from safeft.guard.generation import GuardedGeneration as GuardedGeneration
+    from safeft.guard.guards import Guard as Guard
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
@@ -31,6 +34,9 @@ _HOMES = {
     "CausalEffect": "safeft.causal.effect",
     "Certificate": "safeft.freeze.certificate",
     "Evaluation": "safeft.evaluation",
+    "Guard": "safeft.guard.guards",
+    "GuardFitter": "safeft.guard.fitter",
+    "GuardedGeneration": "safeft.guard.generation",
     "Judge": "safeft.judge",
     "NeuronSet": "safeft.neurons",
     "SafeftError": "safeft.errors",

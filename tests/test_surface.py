@@ -19,6 +19,9 @@ NAMES = {
     "CausalEffect",
     "Certificate",
     "Evaluation",
+    "Guard",
+    "GuardFitter",
+    "GuardedGeneration",
     "Judge",
     "NeuronSet",
     "SafeftError",
@@ -89,8 +92,25 @@ FLAGS = {
     "evaluate": (
         "safeft.commands.evaluate",
         "EvaluateConfig",
-        {"model_name_or_path", "harmful", "benign", "domain", "base", "judge"},
+        {"model_name_or_path", "harmful", "benign", "domain", "base", "guard", "judge"},
     ),
+    "guard fit": (
+        "safeft.commands.guard",
+        "FitConfig",
+        {"model_name_or_path", "data", "harmful", "benign", "output_dir", "kinds", "cache"},
+    ),
+    "guard score": ("safeft.commands.guard", "ScoreConfig", {"guard", "texts", "json"}),
+    "guard stream": (
+        "safeft.commands.guard",
+        "StreamConfig",
+        {"guard", "prompts", "policy", "log", "review"},
+    ),
+    "guard evaluate": (
+        "safeft.commands.guard",
+        "EvaluateConfig",
+        {"guard", "data", "threshold", "false_positives", "output_dir"},
+    ),
+    "guard serve": ("safeft.commands.guard", "ServeConfig", {"guard", "host", "port"}),
     "sft": (
         "safeft.commands.training",
         "SafetyArguments",

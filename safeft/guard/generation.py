@@ -15,7 +15,7 @@ from safeft.generation import evaluation_mode
 from safeft.guard.guards import Guard
 from safeft.guard.log import AuditLog
 from safeft.guard.policy import Action, Policy, severest
-from safeft.guard.reading import Example, Phase, as_examples
+from safeft.guard.reading import Example, Phase, as_examples, check_writes
 from safeft.guard.stream import GuardStream
 from safeft.prompts import input_device, pad_token, row_of, tokenizer_of
 
@@ -90,6 +90,7 @@ class GuardedGeneration:
         on_event: Callable[[Event], None] | None = None,
         every: int = 8,
     ) -> None:
+        check_writes(guard.model)
         reviewed = any(b.action == "review" for bands in policy.bands.values() for b in bands)
         if reviewed and review is None:
             raise ConfigError(

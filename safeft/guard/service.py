@@ -383,4 +383,5 @@ def run_app(app: "FastAPI", host: str, port: int) -> None:
     except SystemExit as error:
         raise ConfigError(f"{host}:{port} cannot be listened on. Is the port taken?") from error
     logger.warning("listening on http://%s:%d", *listening.getsockname()[:2])
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # uvicorn passes it on once all is finished
+        uvicorn.Server(config).run(sockets=[listening])
