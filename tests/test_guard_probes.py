@@ -23,17 +23,21 @@ def test_doctests() -> None:
     assert doctest.testmod(probes).failed == 0
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.07, 0.02])
-def test_weights_are_those_of_scikit_learn(strength: float) -> None:
+@pytest.mark.parametrize(
+    ("strength", "uneven"), [(0.3, False), (0.07, False), (0.02, False), (0.07, True)]
+)
+def test_weights_are_those_of_scikit_learn(strength: float, uneven: bool) -> None:
     features, labels = planted()
     rows = torch.arange(0, 400, 2)
-    path = probe_path(features, rows, labels[rows], [0.5, strength], tolerance=1e-4)
+    counts = 1 + uneven * torch.rand(200, generator=torch.Generator().manual_seed(1)) * 5
+    counts = counts / counts.mean()
+    path = probe_path(features, rows, labels[rows], [0.5, strength], counts=counts, tolerance=1e-4)
     standard = ((features - path.mean) / path.scale)[rows].numpy()
-    truth = labels[rows].numpy()
-    most = abs(standard.T @ (truth.mean() - truth) / len(truth)).max()
+    truth, weights = labels[rows].numpy(), counts.numpy()
+    most = abs(standard.T @ (weights * ((weights * truth).mean() - truth)) / len(truth)).max()
     theirs = LogisticRegression(
         C=1 / (len(truth) * strength * most), l1_ratio=1.0, solver="saga", tol=1e-6, max_iter=20000
-    ).fit(standard, truth)
+    ).fit(standard, truth, weights)
     torch.testing.assert_close(
         path.weights[:, 1], torch.tensor(theirs.coef_[0]).float(), atol=2e-3, rtol=1e-2
     )

@@ -11,6 +11,8 @@ from safeft.guard.training import (
     widest,
 )
 
+ALIKE = torch.ones(1200)
+
 
 def data(texts: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
     """The first label is a product of signs, which no linear head can tell."""
@@ -26,9 +28,9 @@ def test_a_network_learns_what_a_line_cannot_and_the_same_again() -> None:
     inputs, targets = data(1200)
     rows, stop, test = torch.arange(0, 900), torch.arange(900, 1000), torch.arange(1000, 1200)
     recipe = recipes(1, 0)[0]
-    net, loss = train(inputs, targets, rows, stop, recipe, 3)
-    again, same = train(inputs, targets, rows, stop, recipe, 3)
-    other, _ = train(inputs, targets, rows, stop, recipe, 4)
+    net, loss = train(inputs, targets, ALIKE, rows, stop, recipe, 3)
+    again, same = train(inputs, targets, ALIKE, rows, stop, recipe, 3)
+    other, _ = train(inputs, targets, ALIKE, rows, stop, recipe, 4)
     assert loss == same
     assert torch.equal(net.first, again.first)
     assert not torch.equal(net.first, other.first)
@@ -40,26 +42,26 @@ def test_a_network_learns_what_a_line_cannot_and_the_same_again() -> None:
 def test_training_leaves_the_global_generator_alone() -> None:
     inputs, targets = data(60)
     state = torch.get_rng_state()
-    train(inputs, targets, torch.arange(40), torch.arange(40, 60), recipes(1, 0)[0], 0)
+    train(inputs, targets, ALIKE, torch.arange(40), torch.arange(40, 60), recipes(1, 0)[0], 0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_best_weights_are_kept_and_not_the_last() -> None:
     inputs, targets = data(80)
     rows, stop = torch.arange(40), torch.arange(40, 80)
-    net, loss = train(inputs, targets, rows, stop, recipes(1, 0)[0], 0)
-    assert float(loss_of(net.logits(inputs[stop]), targets[stop])) == loss
+    net, loss = train(inputs, targets, ALIKE, rows, stop, recipes(1, 0)[0], 0)
+    assert float(loss_of(net.logits(inputs[stop]), targets[stop], ALIKE[:40])) == loss
 
 
 def test_members_are_one_network() -> None:
     inputs, targets = data()
     folds = list(torch.arange(300).split(100))
-    net, about = searched(inputs, targets, folds, 2, 0)
+    net, about = searched(inputs, targets, ALIKE, folds, 2, 0)
     assert about["tried"] == len(about["losses"]) == 2
     best = recipes(2, 0)[about["losses"].index(min(about["losses"]))]
     members = [
-        train(inputs, targets, torch.cat(folds[:n] + folds[n + 1 :]), folds[n], best, n)[0]
-        for n in range(3)
+        train(inputs, targets, ALIKE, torch.cat(others), folds[n], best, n)[0]
+        for n, others in enumerate(folds[:n] + folds[n + 1 :] for n in range(3))
     ]
     expected = torch.stack([member.logits(inputs) for member in members]).mean(0)
     torch.testing.assert_close(net.logits(inputs), expected, atol=1e-5, rtol=1e-4)
@@ -70,12 +72,19 @@ def test_members_are_one_network() -> None:
 def test_unknown_labels_do_not_count() -> None:
     logits = torch.tensor([[0.3, 5.0], [-0.2, -5.0]], requires_grad=True)
     targets = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
-    loss_of(logits, targets).backward()
+    loss_of(logits, targets, torch.tensor([1.5, 0.5])).backward()
     assert logits.grad is not None
     assert logits.grad[0, 1] == 0
     assert logits.grad[1, 1] != 0
     nothing = torch.tensor([[1.0, float("nan")], [0.0, float("nan")]])
-    assert bool(loss_of(logits, nothing).isfinite())
+    assert bool(loss_of(logits, nothing, ALIKE[:2]).isfinite())
+
+
+def test_a_text_that_counts_for_two_is_as_two() -> None:
+    logits, targets = torch.tensor([[0.3], [-0.2]]), torch.ones(2, 1)
+    twice = loss_of(logits[[0, 0, 1]], targets[[0, 0, 1]], ALIKE[:3])
+    counted = loss_of(logits, targets, torch.tensor([4 / 3, 2 / 3]))
+    torch.testing.assert_close(counted, twice)
 
 
 def test_over_many_units_hidden_ones_are_fewer() -> None:

@@ -127,7 +127,8 @@ class GuardFitter:
         Args:
             examples: Texts; or chats, of which the answer is read where there is one.
             labels: One a text.
-            source: Where they come from: sources weigh alike in what is chosen on validation.
+            source: Where they come from: sources weigh alike, and in each its harmful and harmless
+                texts, however many they are.
             groups: Texts of one group (variants of one template) are kept on one side.
 
         Raises:
@@ -200,13 +201,16 @@ class GuardFitter:
         rows = torch.tensor([text.row for text in texts])
         by = by_source([texts[n].source for n in held.tolist()], harmful[held])
         names, targets = _targets(texts, trained, held)
-        probes = self._probes(rows, harmful, trained, held, by, share)
+        counts = _counts(texts)
+        probes = self._probes(rows, harmful, trained, held, by, share, counts)
         probed = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             inputs = self._inputs(probes, rows, Path(folder) / "inputs.float32")
             inner = trained.tolist()
             stops = folds([keys[n] for n in inner], [groups[n] for n in inner], members, seed + 1)
-            network, about = searched(inputs, targets, [trained[s] for s in stops], search, seed)
+            network, about = searched(
+                inputs, targets, counts, [trained[s] for s in stops], search, seed
+            )
             # As it is saved: a guard scores the same after loading.
             network = replace(network, first=network.first.half().float())
             logits = outputs(network, inputs, held)
@@ -269,6 +273,7 @@ class GuardFitter:
         held: Tensor,
         by: dict[str, Tensor],
         share: float,
+        counts: Tensor,
     ) -> list[LayerProbe]:
         features = self._store.features
         target = harmful.float()
@@ -277,7 +282,7 @@ class GuardFitter:
         for place in progress(self._places, "probing layers"):
             layer = features[:, start : start + place.width]
             start += place.width
-            path = probe_path(layer, rows[trained], target[trained])
+            path = probe_path(layer, rows[trained], target[trained], counts=counts[trained])
             f1 = mean_f1(path.logits(layer, rows[held]), harmful[held], by)
             best = int(f1.argmax())  # of equal ones the sparsest
             weights = path.weights[:, best]
@@ -339,6 +344,13 @@ def _targets(
         names.append(name)
         columns.append(column)
     return ("harmful", *names), torch.stack(columns, 1)
+
+
+def _counts(texts: Sequence[_Text]) -> Tensor:
+    """What each text counts for: sources alike, and in each harmful and harmless alike."""
+    sizes = Counter(text.kind for text in texts)
+    counts = torch.tensor([1 / sizes[text.kind] for text in texts])
+    return counts / counts.mean()
 
 
 def _label(label: Any) -> bool | frozenset[str]:

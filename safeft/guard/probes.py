@@ -75,6 +75,7 @@ def probe_path(
     target: Tensor,
     strengths: Sequence[float] = STRENGTHS,
     *,
+    counts: Tensor | None = None,
     tolerance: float = 1e-2,
 ) -> ProbePath:
     """Minimise ``mean log-loss + strength * most * norm1(w)`` for every strength.
@@ -87,6 +88,7 @@ def probe_path(
         rows: Which of them are fitted on, int64.
         target: 0 or 1 for each of the rows, float32; both occur.
         strengths: Shares of ``most``, falling.
+        counts: What each of the rows counts for, float32 of mean 1; by default alike.
         tolerance: A strength is done where its optimality is missed by less than this share of
             its penalty.
 
@@ -95,9 +97,9 @@ def probe_path(
         >>> probe_path(x, torch.arange(4), torch.tensor([1.0, 1, 0, 0]), [0.5]).weights[1].item()
         0.0
     """
-    layer = _Layer(features, rows, target)
-    share = layer.target.mean()
-    most = layer.gradient(share - layer.target).abs().max().clamp(min=1e-12)
+    layer = _Layer(features, rows, target, counts)
+    share = (layer.counts * layer.target).mean()
+    most = layer.gradient(layer.counts * (share - layer.target)).abs().max().clamp(min=1e-12)
     weights, bias = torch.zeros(features.shape[1]), torch.logit(share)
     found: list[tuple[Tensor, Tensor]] = []
     for strength in strengths:
@@ -114,9 +116,12 @@ def probe_path(
 class _Layer:
     """Standardised features of some rows: as a copy where they are few, else read in chunks."""
 
-    def __init__(self, features: Tensor, rows: Tensor, target: Tensor) -> None:
+    def __init__(
+        self, features: Tensor, rows: Tensor, target: Tensor, counts: Tensor | None
+    ) -> None:
         self.mean, self.scale = moments(features, rows)
         self.target = target.float()
+        self.counts = torch.ones_like(self.target) if counts is None else counts
         self._features, self._rows = features, rows
         self._copy = self._standard(features[rows]) if len(rows) <= _ROWS else None
 
@@ -146,11 +151,11 @@ def _solve(
     layer: _Layer, weights: Tensor, bias: Tensor, penalty: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """Newton steps on the units in play, until no other one wants in."""
-    target, near = layer.target, tolerance * penalty
+    target, counts, near = layer.target, layer.counts, tolerance * penalty
     held = weights.nonzero().flatten()
     logits = layer.columns(held) @ torch.cat([weights[held], bias[None]])
     for _ in range(30):
-        errors = logits.sigmoid() - target
+        errors = counts * (logits.sigmoid() - target)
         gradient, slope = layer.gradient(errors), errors.mean()
         missed = torch.where(
             weights != 0, gradient + penalty * weights.sign(), _shrunk(gradient, penalty)
@@ -164,12 +169,12 @@ def _solve(
         penalties[-1] = 0
         share = logits.sigmoid()
         # Where a model is certain the curvature vanishes, and a step would have no end.
-        curve = (share * (1 - share)).clamp(min=1e-4)
+        curve = counts * (share * (1 - share)).clamp(min=1e-4)
         square = (columns.T * curve) @ columns / len(target)
         square.diagonal().add_(1e-6)
         slopes = torch.cat([gradient[units], slope[None]])
         step = _lasso(square, square @ start - slopes, start, penalties, 0.1 * near) - start
-        start, logits = _along(columns, target, start, step, penalties)
+        start, logits = _along(layer, columns, start, step, penalties)
         weights = weights.index_copy(0, units, start[:-1])
         bias = start[-1]
     return weights, bias
@@ -198,14 +203,14 @@ def _lasso(
 
 
 def _along(
-    columns: Tensor, target: Tensor, start: Tensor, step: Tensor, penalties: Tensor
+    layer: _Layer, columns: Tensor, start: Tensor, step: Tensor, penalties: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where the step, halved until the objective falls, ends; and the logits there."""
     before, by = columns @ start, columns @ step
 
     def objective(length: float) -> Tensor:
         logits = before + length * by
-        loss = softplus(logits).mean() - (target * logits).mean()
+        loss = (layer.counts * (softplus(logits) - layer.target * logits)).mean()
         return loss + (penalties * (start + length * step).abs()).sum()
 
     here, length = objective(0.0), 1.0

@@ -82,13 +82,20 @@ class Network:
 
 
 def train(
-    inputs: Tensor, targets: Tensor, rows: Tensor, stop: Tensor, recipe: Recipe, seed: int
+    inputs: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    rows: Tensor,
+    stop: Tensor,
+    recipe: Recipe,
+    seed: int,
 ) -> tuple[Network, float]:
     """A network, and its loss on the rows by which it was stopped.
 
     Args:
         inputs: float32 ``(texts, units)``, also mapped from disk.
         targets: 0 and 1, float32 ``(texts, outputs)``; NaN where a label is not known.
+        counts: What each text counts for, float32 ``(texts,)``.
         rows: Trained on.
         stop: Training ends when the loss on these no longer falls; the best weights are kept.
         recipe: How.
@@ -110,10 +117,10 @@ def train(
             net.train()
             for part in rows[torch.randperm(len(rows))].split(BATCH):
                 optimizer.zero_grad()
-                loss_of(net(inputs[part]), targets[part]).backward()
+                loss_of(net(inputs[part]), targets[part], counts[part]).backward()
                 optimizer.step()
             now = _network(net)
-            found = float(loss_of(outputs(now, inputs, stop), targets[stop]))
+            found = float(loss_of(outputs(now, inputs, stop), targets[stop], counts[stop]))
             waited += 1
             if found < best - 1e-4:
                 best, kept, waited = found, now, 0
@@ -127,13 +134,12 @@ def outputs(network: Network, inputs: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([network.logits(part) for part in chunks(inputs, rows)])
 
 
-def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+def loss_of(logits: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
     """Cross-entropy: that of the first output, and of the others, where known, their mean."""
-    total = cross_entropy(logits[:, 0], targets[:, 0])
+    each = cross_entropy(logits, targets.nan_to_num(), reduction="none") * counts[:, None]
     known = ~targets[:, 1:].isnan()
-    if bool(known.any()):
-        total = total + cross_entropy(logits[:, 1:][known], targets[:, 1:][known])
-    return total
+    total = each[:, 0].mean()
+    return total + each[:, 1:][known].mean() if bool(known.any()) else total
 
 
 def _network(net: nn.Sequential) -> Network:
@@ -144,13 +150,19 @@ def _network(net: nn.Sequential) -> Network:
 
 
 def searched(
-    inputs: Tensor, targets: Tensor, folds: Sequence[Tensor], count: int, seed: int
+    inputs: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    folds: Sequence[Tensor],
+    count: int,
+    seed: int,
 ) -> tuple[Network, dict[str, Any]]:
     """The mean of one network a fold, by the recipe that is best on the first fold.
 
     Args:
         inputs: See :func:`train`.
         targets: See :func:`train`.
+        counts: See :func:`train`.
         folds: Rows in parts; each member is stopped by one and trained on the others.
         count: Recipes to try.
         seed: Of recipes and networks.
@@ -164,7 +176,7 @@ def searched(
     def without(number: int, recipe: Recipe) -> tuple[Network, float]:
         next(steps, None)
         others = torch.cat([fold for n, fold in enumerate(folds) if n != number])
-        return train(inputs, targets, others, folds[number], recipe, seed + number)
+        return train(inputs, targets, counts, others, folds[number], recipe, seed + number)
 
     first = [without(0, recipe) for recipe in tried]
     losses = [loss for _, loss in first]
