@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from safeft.auditing.audit import audit as audit
+    from safeft.auditing.result import AuditResult as AuditResult
+    from safeft.auditing.stress import stress as stress
     from safeft.causal import validate as validate
     from safeft.causal.effect import CausalEffect as CausalEffect
     from safeft.errors import SafeftError as SafeftError
@@ -18,11 +21,13 @@ if TYPE_CHECKING:
     from safeft.guard.fitter import GuardFitter as GuardFitter
     from safeft.guard.generation import GuardedGeneration as GuardedGeneration
     from safeft.guard.guards import Guard as Guard
+    from safeft.hardening.callback import SafetyDropoutCallback as SafetyDropoutCallback
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
     from safeft.locators import locate as locate
     from safeft.locators import locate_subspace as locate_subspace
     from safeft.monitor.callback import SafetyMonitorCallback as SafetyMonitorCallback
+    from safeft.monitor.neurons import NeuronMonitor as NeuronMonitor
     from safeft.neurons import NeuronSet as NeuronSet
     from safeft.reading import read_prompts as read_prompts
     from safeft.sites import find_sites as find_sites
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AuditResult": "safeft.auditing.result",
     "CausalEffect": "safeft.causal.effect",
     "Certificate": "safeft.freeze.certificate",
     "Evaluation": "safeft.evaluation",
@@ -38,17 +44,21 @@ _HOMES = {
     "GuardFitter": "safeft.guard.fitter",
     "GuardedGeneration": "safeft.guard.generation",
     "Judge": "safeft.judge",
+    "NeuronMonitor": "safeft.monitor.neurons",
     "NeuronSet": "safeft.neurons",
     "SafeftError": "safeft.errors",
+    "SafetyDropoutCallback": "safeft.hardening.callback",
     "SafetyFreezeCallback": "safeft.freeze.callback",
     "SafetyMonitorCallback": "safeft.monitor.callback",
     "SafetySubspace": "safeft.subspace",
     "as_judge": "safeft.judge",
+    "audit": "safeft.auditing",
     "evaluate": "safeft.evaluation",
     "find_sites": "safeft.sites",
     "locate": "safeft.locators",
     "locate_subspace": "safeft.locators",
     "read_prompts": "safeft.reading",
+    "stress": "safeft.auditing.stress",
     "validate": "safeft.causal",
     "verify": "safeft.freeze.verify",
 }

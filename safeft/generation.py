@@ -1,7 +1,7 @@
 """The model's own greedy answers to prompts."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,12 +61,13 @@ def generate_tokens(
     chat_template: str | None = None,
     description: str = "generating",
     share: bool = False,
+    around: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None,
 ) -> list[list[int]]:
     """The model's own greedy answers as token numbers, up to and without the padding.
 
     With ``share`` every process of the run calls this, takes each so-manieth batch, and gets all
-    answers. Greedy means greedy: a repetition penalty in the checkpoint's generation settings is
-    not used.
+    answers. Each batch is generated within ``around`` its prompts' numbers. Greedy means greedy: a
+    repetition penalty in the checkpoint's generation settings is not used.
 
     Raises:
         PromptError: See :func:`safeft.prompts.batches`; or images for a model that sees none.
@@ -82,13 +83,14 @@ def generate_tokens(
                 continue
             group = [rows[index] for index in chosen]
             batch = collate(tokenizer, group, True, 1, input_device(model), max_length)
-            output = model.generate(  # pyright: ignore[reportCallIssue]
-                **batch.seen,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                repetition_penalty=1.0,
-                pad_token_id=padding,
-            )
+            with around(chosen) if around else nullcontext():
+                output = model.generate(  # pyright: ignore[reportCallIssue]
+                    **batch.seen,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    repetition_penalty=1.0,
+                    pad_token_id=padding,
+                )
             tails = output[:, batch.input_ids.shape[1] :].tolist()
             for index, ids in zip(chosen, tails, strict=True):
                 answers[index] = [token for token in ids if token != padding]

@@ -8,7 +8,37 @@ from torch import Tensor
 _LEAST = 1e-12
 
 
-def opening_likelihood(logits: Tensor, tokens: Sequence[int], prefix: Sequence[int] = ()) -> Tensor:
+def normalisers(logits: Tensor) -> Tensor:
+    """Logarithms of the sums that turn logits into probabilities.
+
+    In float32 but for the largest term of each sum, which is 1 exactly: so a token that is nearly
+    certain is told apart from one that is more so, at a third of the time that float64 takes.
+
+    Args:
+        logits: ``(prompts, steps, vocabulary)``.
+
+    Returns:
+        ``(prompts, steps)`` float64, on the CPU.
+
+    Example:
+        >>> normalisers(torch.tensor([[[0.0, 0.0, 0.0, 0.0]]])).exp()
+        tensor([[4.]], dtype=torch.float64)
+    """
+    found = []
+    for step in logits.float().unbind(1):
+        most, place = step.max(-1, keepdim=True)
+        others = (step - most).exp_().scatter_(-1, place, 0.0).sum(-1)
+        found.append(most[:, 0].cpu().double() + others.cpu().double().log1p())
+    return torch.stack(found, 1)
+
+
+def opening_likelihood(
+    logits: Tensor,
+    tokens: Sequence[int],
+    prefix: Sequence[int] = (),
+    steps: Sequence[int] | None = None,
+    norms: Tensor | None = None,
+) -> Tensor:
     """Log-probability that an answer starts with ``prefix`` and then one of ``tokens``.
 
     The prefix counts too: a model that no longer says "I" does not refuse by "I cannot", however
@@ -19,6 +49,8 @@ def opening_likelihood(logits: Tensor, tokens: Sequence[int], prefix: Sequence[i
             follows each token of ``prefix`` after it.
         tokens: Token numbers that turn the start into a refusal.
         prefix: Token numbers that come before them.
+        steps: Which of the logits these are, where there are others beside.
+        norms: :func:`normalisers` of all logits, where they are known.
 
     Returns:
         ``(prompts,)`` float64, on the CPU.
@@ -28,9 +60,13 @@ def opening_likelihood(logits: Tensor, tokens: Sequence[int], prefix: Sequence[i
         >>> opening_likelihood(logits, [1, 3]).exp()
         tensor([0.5000], dtype=torch.float64)
     """
-    shares = logits.cpu().double().log_softmax(-1)
-    before = [shares[:, step, token] for step, token in enumerate(prefix)]
-    return sum(before, shares[:, len(prefix), list(tokens)].logsumexp(-1))
+    steps = range(1 + len(prefix)) if steps is None else steps
+    norms = normalisers(logits) if norms is None else norms
+    *before, last = steps
+    found = logits[:, last, list(tokens)].cpu().double().logsumexp(-1) - norms[:, last]
+    for step, token in zip(before, prefix, strict=True):
+        found += logits[:, step, token].cpu().double() - norms[:, step]
+    return found
 
 
 def refusal_margin(openings: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +43,7 @@ SETTINGS: dict[str, Any] = {
         "benign": {"count": 100, "sha256": "4" * 64},
     },
     "openings": ["I can't", "I'm sorry", "<b>no</b>"],
+    "given": {"harmful": asdict(Rate.of(96, 96)), "benign": asdict(Rate.of(24, 96))},
 }
 
 
@@ -67,31 +69,31 @@ def candidate(draw: random.Random, name: str, fall: float, seen: bool = False) -
     return Candidate(neuron, fall / 3, effects, distribution(1.5) if seen else None)
 
 
-def outcome(refused: int, over: int = 2, loss: float = 0.5) -> Outcome:
-    return Outcome(Rate.of(refused, PROMPTS), Rate.of(over, PROMPTS), loss, 0.4)
+def outcome(refused: int, total: int = PROMPTS, loss: float = 0.5) -> Outcome:
+    return Outcome(Rate.of(refused, total), Rate.of(0, PROMPTS), loss, 0.4)
 
 
 def side(candidates: int, halving: float, about: str = "refusal", seed: int = 0) -> Side:
     """A side on which `halving` neurons take half of what is refused away."""
     draw = random.Random(seed)
     falls = [8 * math.exp(-n / halving) for n in range(candidates)]
+    prompts = PROMPTS if about == "refusal" else OVER
     trials = []
     for size in (n for n in (1, 2, 4, 8, 16, 32, 64) if n <= candidates):
         kept = 0.5 ** (size / halving)
-        harmful, benign = (kept, 1.0) if about == "refusal" else (0.95, kept)
-        seen = outcome(round(PROMPTS * harmful), round(OVER * benign), 0.5 + 0.02 * size)
+        seen = outcome(round(prompts * kept), prompts, 0.5 + 0.02 * size)
         controls = tuple(1 - 0.02 * draw.random() * math.sqrt(size) for _ in range(5))
         names = tuple(f"A{n + 1}" for n in range(size))
-        trials.append(Trial(names, "constant", -2.0, seen, controls))
+        trials.append(Trial(names, "constant", -2.0, seen, controls, 0.02 * size))
     largest = 1 - 0.5 ** (1 / halving)
     found = tuple(candidate(draw, f"A{n + 1}", fall, n < 6) for n, fall in enumerate(falls))
     controls = tuple(candidate(draw, f"R{n + 1}", draw.gauss(0, 0.3)) for n in range(24))
     squares = sum(fall**2 for fall in falls)
     return Side(
-        PROMPTS if about == "refusal" else OVER, 4, found, controls, tuple(trials),
+        prompts, 4, found, controls, tuple(trials),
         next((len(t.names) for t in trials if len(t.names) >= halving), None),
         (largest, wilson(largest * PROMPTS, PROMPTS)),
-        0.8, sum(falls) ** 2 / squares if squares else 0.0,
+        0.8, sum(falls) ** 2 / squares if squares else 0.0, tuple(trials[:1]),
     )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def audit(**changed: Any) -> AuditResult:
     found: dict[str, Any] = {
         "verdict": "single-point", "reason": "A1 alone takes 50% of refusals away.",
         "model": MODEL, "settings": SETTINGS, "thresholds": Thresholds(), "units": UNITS,
-        "base": outcome(PROMPTS, OVER), "refusal": side(64, 1),
+        "base": outcome(PROMPTS), "refusal": side(64, 1),
         "over_refusal": side(64, 12, "over-refusal", 1),
         "seconds": {"ranking": 12.25, "one at a time": 95.5, "groups": 41.0},
     }  # fmt: skip
@@ -111,7 +113,7 @@ def distributed(**changed: Any) -> AuditResult:
     """Refusal rests on no small group; over-refusal was too rare to audit."""
     reason = "Not even the 64 strongest neurons take half of the refusals away."
     return audit(
-        **{"verdict": "distributed", "reason": reason, "base": outcome(PROMPTS, 1),
+        **{"verdict": "distributed", "reason": reason, "base": outcome(PROMPTS),
            "refusal": side(64, 100), "over_refusal": None, **changed}
     )  # fmt: skip
 
@@ -120,6 +122,8 @@ def nothing() -> AuditResult:
     """The model refuses nothing."""
     reason = "It refuses 1 of 96 harmful prompts, and at least 20 are needed."
     return audit(
-        verdict="nothing to audit", reason=reason, base=outcome(1, 0), refusal=None,
+        verdict="nothing to audit", reason=reason, base=outcome(1),
+        settings=SETTINGS | {"given": {n: asdict(Rate.of(1, 96)) for n in ("harmful", "benign")}},
+        refusal=None,
         over_refusal=None, seconds={},
     )  # fmt: skip

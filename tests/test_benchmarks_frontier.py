@@ -21,7 +21,7 @@ from baselines import (  # noqa: E402
     mixing,  # noqa: E402
     plain,
 )
-from frontier import choice, training  # noqa: E402
+from frontier import choice, markdown, training  # noqa: E402
 from frontier.choice import best_rate, best_setting  # noqa: E402
 from frontier.pool import side_by_side  # noqa: E402
 from frontier.results import Results, matched, table  # noqa: E402
@@ -137,6 +137,14 @@ def test_a_look_on_the_way_is_at_what_a_method_would_give_there(world: World) ->
     even = torch.tensor(float(len(world.tokenizer))).log().item()
     losses = [point["domain_loss"] for point in ended["curve"]]
     assert losses == pytest.approx([even] * len(losses), rel=1e-3)
+
+
+def test_a_look_on_the_way_leaves_training_as_it_was(world: World) -> None:
+    job = Job("rotated coefficients", "full", 0.3, 1e-3, 0, "test")
+    watched = run(world, job)
+    assert [point["step"] for point in watched["curve"]] == [0, 1, 2, 4]
+    unwatched = replace(world, settings=replace(SETTINGS, looks=1))
+    assert watched["measures"] == run(unwatched, job)["measures"]
 
 
 def test_the_knob_is_the_safest_that_has_learnt() -> None:
@@ -263,3 +271,39 @@ def test_examples_hold(module: ModuleType) -> None:
     found = doctest.testmod(module)
     assert found.attempted
     assert not found.failed
+
+
+def test_the_readme_shows_every_way_that_was_reported() -> None:
+    spread = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    names = ("refusal", "refusal_margin", "over_refusal", "domain_loss", "domain_token_accuracy",
+             "general_token_accuracy")  # fmt: skip
+
+    def row(method: str, reached: int = 2) -> dict[str, Any]:
+        at = {"90%": {"domain_loss": 1.0, "reached": reached, "refusal": spread}}
+        return {
+            "method": method, "tuning": "lora", "seeds": 2, "value": 0.9, "learning_rate": 1e-3,
+            "measures": dict.fromkeys(names, spread), "refusal_at": at, "seconds_a_step_ratio": 1.1,
+        }  # fmt: skip
+
+    before = {"method": "before tuning", "split": "test", "measures": dict.fromkeys(names, 0.75)}
+    data = {
+        "settings": {"testbed": "public"},
+        "chosen": {"full": {}, "lora": {}},
+        "runs": [before],
+        "rows": [row("plain"), row("subspace", 1), row("subspace: head held")],
+    }
+    assert markdown.reported(data) == ["lora"]
+    lines = markdown.headline([data]).splitlines()
+    assert lines[0] == "|  | public text, LoRA |"
+    assert lines[2:] == [
+        "| before tuning | 0.75, 0.75 |",
+        "| plain | 0.50 ± 0.25, 0.50 |",
+        "| **subspace** | 0.50 ± 0.25, 0.50 |",
+    ]
+    ways, variants = markdown.whole(data, "lora"), markdown.whole(data, "lora", variants=True)
+    assert [line.split(" | ")[0] for line in ways.splitlines()[3:]] == ["| plain", "| subspace"]
+    assert [line.split(" | ")[0] for line in variants.splitlines()[3:]] == [
+        "| plain", "| subspace", "| subspace: head held",
+    ]  # fmt: skip
+    assert "| 0.50 ± 0.25 | 0.50 ± 0.25 |  | 0.50" in ways.splitlines()[4]  # not all got that far
+    assert markdown.whole(data, "full").count("\n") == 2

@@ -21,6 +21,7 @@ TRAINING = {
     "freeze_dpo": DPOConfig,
     "keep_refusals": SFTConfig,
     "precise_shield": SFTConfig,
+    "harden": SFTConfig,
 }
 CONFIGS = sorted(path for recipe in TRAINING for path in (ROOT / "configs" / recipe).glob("*.yaml"))
 
@@ -51,7 +52,7 @@ def test_config_parses(path: Path) -> None:
     found, training, model = parse(path, path.parent.name)
     given = yaml.safe_load(path.read_text())
     assert model.model_name_or_path == given["model_name_or_path"]
-    for key in {"fraction", "energy"} & set(given):
+    for key in {"fraction", "energy", "rate"} & set(given):
         assert getattr(found, key) == given[key]
     assert training.learning_rate == given["learning_rate"]
 

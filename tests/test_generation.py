@@ -1,3 +1,5 @@
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ from transformers import PreTrainedModel
 
 from safeft.demo.pictures import shapes
 from safeft.errors import PromptError
-from safeft.generation import generate
+from safeft.generation import generate, generate_tokens
 from safeft.prompts import as_prompts
 from tests.models import tiny_model, tiny_tokenizer
 from tests.vlm import FAMILIES
@@ -120,3 +122,26 @@ def test_a_model_of_text_is_shown_no_image(model: PreTrainedModel) -> None:
         generate(adapted, processor, pictures)  # pyright: ignore[reportArgumentType]
     with pytest.raises(PromptError, match="with 1 image\\(s\\), and \\w+ reads text only"):
         generate(FAMILIES["llava"]()[0], tiny_tokenizer(), pictures)
+
+
+def test_each_batch_is_generated_within_what_is_around_its_prompts() -> None:
+    model, prompts = tiny_model(), as_prompts(["a", "bbbb", "cc", "ddd", "eeeee"])
+    seen: list[list[int]] = []
+    inside: list[bool] = []
+
+    @contextmanager
+    def around(numbers: Sequence[int]) -> Iterator[None]:
+        seen.append(list(numbers))
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def check(*_: object) -> None:
+        assert inside
+
+    handle = model.register_forward_pre_hook(check)
+    settings: Any = {"max_new_tokens": 3, "batch_size": 2}
+    found = generate_tokens(model, tiny_tokenizer(), prompts, around=around, **settings)
+    handle.remove()
+    assert seen == [[0, 2], [3, 1], [4]]
+    assert found == generate_tokens(model, tiny_tokenizer(), prompts, **settings)

@@ -115,3 +115,21 @@ def test_precise_shield(workplace: Path) -> None:
     other = json.loads((workplace / "runs/control/safeft_certificate.json").read_text())
     assert other["neurons"]["count"] == certificate["neurons"]["count"]
     assert other["neurons"]["sha256"] != certificate["neurons"]["sha256"]
+
+
+def test_harden(workplace: Path) -> None:
+    script, config = ROOT / "recipes/harden.py", ROOT / "configs/harden/smoke.yaml"
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), "--config", str(config))
+    assert "EXACT" in shown
+    out = workplace / "runs/smoke/harden"
+    found = json.loads((out / "harden.json").read_text())
+    assert list(found) == ["before", "hardened", "tuned"]
+    assert all(found[label]["verdict"] for label in ("before", "hardened"))
+    assert all(0.8 <= found[label]["intact"] <= 1 for label in ("before", "hardened"))
+    assert all(len(row["random_silenced"]) == 2 for row in found.values())
+    certificate = json.loads((out / "tuned/safeft_certificate.json").read_text())
+    assert certificate["exact"]
+    assert certificate["neurons"]["count"] == round(0.4 * 5 * 512)
+    weights = [(out / label / "model.safetensors").read_bytes() for label in ("hardened", "tuned")]
+    assert weights[0] != weights[1]

@@ -18,7 +18,7 @@ from safeft.freeze.certificate import Certificate
 from safeft.report.audit_card import audit_card
 from safeft.report.audit_page import SHOWN, audit_page, write_audit
 from safeft.report.audit_views import NAMES, write_all
-from safeft.report.audit_words import HEADLINES, LIMITS, WITHHELD, left, rules
+from safeft.report.audit_words import HEADLINES, LIMITS, WITHHELD, rules
 from safeft.report.certified import Certified
 from tests import audits
 
@@ -237,11 +237,19 @@ def test_the_card_says_figures_with_intervals_and_limits() -> None:
     assert HEADLINES["nothing to audit"] in audit_card(audits.nothing())
 
 
-def test_what_is_left_of_over_refusal_is_of_benign_prompts() -> None:
+def test_over_refusal_is_shown_of_the_benign_prompts_that_were_refused() -> None:
     result = audits.audit()
     side = result.over_refusal
     assert isinstance(side, Side)
-    trial = side.trials[-1]
-    assert left(trial, result.base, "over-refusal").count == trial.outcome.over_refusal.count
-    assert left(trial, result.base, "over-refusal").total == audits.OVER
-    assert left(trial, result.base, "refusal").total == audits.PROMPTS
+    page = audit_page(result)
+    over = page[page.index('<h2 id="over-refusal">') :]
+    left = side.trials[-1].outcome.refusal
+    assert left.total == audits.OVER
+    assert f"{left.value:.1%}</td><td>{left.low:.1%} to {left.high:.1%}" in over
+    assert '<th scope="row">64 together</th>' in over
+
+
+def test_the_share_refused_is_of_all_prompts_given() -> None:
+    card = audit_card(audits.audit())
+    assert "| harmful prompts refused | 100.0% | 96.2% to 100.0% |" in card
+    assert "| benign prompts refused | 25.0% |" in card

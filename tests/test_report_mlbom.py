@@ -59,7 +59,7 @@ def test_data_sets_are_components_with_hashes() -> None:
 
 
 def test_what_is_no_sha256_is_no_hash() -> None:
-    settings = {"prompts": {"harmful": {"count": 3, "sha256": "unknown"}}}
+    settings = audits.SETTINGS | {"prompts": {"harmful": {"count": 3, "sha256": "unknown"}}}
     bill = mlbom(audits.audit(model={**audits.MODEL, "weights": "b"}, settings=settings))
     assert problem(bill) == ""
     assert "hashes" not in bill["metadata"]["component"]

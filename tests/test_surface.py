@@ -16,6 +16,7 @@ from safeft.commands import VERBS
 PACKAGE = Path(safeft.__file__).parent
 
 NAMES = {
+    "AuditResult",
     "CausalEffect",
     "Certificate",
     "Evaluation",
@@ -23,17 +24,21 @@ NAMES = {
     "GuardFitter",
     "GuardedGeneration",
     "Judge",
+    "NeuronMonitor",
     "NeuronSet",
     "SafeftError",
+    "SafetyDropoutCallback",
     "SafetyFreezeCallback",
     "SafetyMonitorCallback",
     "SafetySubspace",
     "as_judge",
+    "audit",
     "evaluate",
     "find_sites",
     "locate",
     "locate_subspace",
     "read_prompts",
+    "stress",
     "validate",
     "verify",
 }
@@ -69,6 +74,8 @@ def test_signatures_that_scripts_rely_on() -> None:
     assert parameters(safeft.validate)[:5] == [*parameters(safeft.locate)[:2], "neurons",
                                                *parameters(safeft.locate)[2:4]]  # fmt: skip
     assert {"intervention", "factor", "random_sets"} <= set(parameters(safeft.validate))
+    assert parameters(safeft.audit)[:4] == parameters(safeft.locate)[:4]
+    assert {"judge", "candidates", "thresholds", "output"} <= set(parameters(safeft.audit))
     assert parameters(safeft.verify)[:4] == ["base", "tuned", "protected", "mode"]
     assert parameters(safeft.SafetyFreezeCallback)[:2] == ["protected", "mode"]
     assert parameters(safeft.locate_subspace)[:3] == ["model", "tokenizer", "harmful"]
@@ -86,6 +93,11 @@ FLAGS = {
         "safeft.commands.validate",
         "ValidateConfig",
         {"model_name_or_path", "neurons", "harmful", "benign", "intervention", "write"},
+    ),
+    "audit": (
+        "safeft.commands.audit",
+        "AuditConfig",
+        {"model_name_or_path", "harmful", "benign", "output", "compare", "fail_on", "reveal"},
     ),
     "verify": ("safeft.commands.verify", "VerifyConfig", {"base", "tuned", "protected", "json"}),
     "demo": ("safeft.commands.demo", "DemoConfig", {"output_dir", "seeds", "fractions"}),

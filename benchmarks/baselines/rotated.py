@@ -9,6 +9,7 @@ Ours: all linear layers of the blocks rather than q, k, v, up and down; embeddin
 are held as with the other methods that hold parts of the blocks.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,9 +79,15 @@ def recipe(setup: Setup, value: float) -> Recipe:
         restore.take(model)
 
     def finish(model: Any) -> Any:
-        for name in bases:
-            parametrize.remove_parametrizations(model.get_submodule(name), "weight")
-        return model
+        # Taking the parametrization off a copy would take it off the original: they share a class.
+        found = copy.deepcopy(setup.base)
+        trained = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in found.named_parameters():
+                layer = name.removesuffix(".weight")
+                rotated = layer in bases and name != layer
+                parameter.copy_(model.get_submodule(layer).weight if rotated else trained[name])
+        return found
 
     return Recipe(setup.rows, setup.learning_rate, [restore], prepare=prepare, finish=finish)
 

@@ -30,7 +30,7 @@ _TUNINGS = {"full": "full", "lora": "LoRA"}
 
 def headline(found: Sequence[Mapping[str, Any]]) -> str:
     """A line a method, a column a testbed and tuning: refused, and the domain beside it."""
-    columns = [(data, tuning) for data in found for tuning in data["chosen"]]
+    columns = [(data, tuning) for data in found for tuning in reported(data)]
     heads = [
         "",
         *(
@@ -49,6 +49,11 @@ def headline(found: Sequence[Mapping[str, Any]]) -> str:
             name = f"**{method}**" if method.startswith("subspace") else method
             lines.append([name, *cells])
     return table(heads, lines)
+
+
+def reported(data: Mapping[str, Any]) -> list[str]:
+    """The tunings of which there are results."""
+    return list(dict.fromkeys(row["tuning"] for row in data["rows"]))
 
 
 def _cell(data: Mapping[str, Any], tuning: str, method: str) -> str:

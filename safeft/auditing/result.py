@@ -31,9 +31,11 @@ class Thresholds:
 
     Attributes:
         halved: A group breaks refusal where it takes away this share of the base's refusals.
-        few: A group of at most this share of all units searched, at least one, is ``concentrated``.
-        broken: Nats a token on benign answers above which a model no longer speaks, and "it does
-            not refuse" means nothing.
+        few: A group of at most this share of all units searched is ``concentrated``; of models too
+            small for that, see :func:`safeft.auditing.verdict.few_units`.
+        broken: Nats a token, on benign answers or on what it says to harmful prompts past the
+            opening, by which a model may come to speak worse; above, "it does not refuse" means
+            nothing.
         confidence: Of all intervals, corrected for the number of neurons tried.
     """
 
@@ -48,7 +50,8 @@ class Neuron:
     """One unit under its name in the audit.
 
     Attributes:
-        name: ``A1``, ``A2``, ... by rank; ``R1``, ... for random ones.
+        name: ``A1``, ``A2``, ... by rank; ``R1``, ... for random ones; of over-refusal ``O1`` and
+            ``Q1``.
         depth: Its block's number, from 0.
         site: The site; None where it is withheld.
         unit: The unit; None where it is withheld.
@@ -129,9 +132,13 @@ class Trial:
     Attributes:
         names: Of the neurons.
         kind: The intervention.
-        strength: As in :class:`Effect`.
+        strength: As in :class:`Effect`; of several neurons without the sign, which is each one's
+            own.
         outcome: Of the model under it.
         controls: Share still refused under as many random neurons of the same layers, one a draw.
+        damage: How much worse the model speaks under it, in nats a token: the larger rise of its
+            loss on benign answers and of the untouched model's loss on what it now says to harmful
+            prompts, past the opening.
     """
 
     names: tuple[str, ...]
@@ -139,6 +146,7 @@ class Trial:
     strength: float | None
     outcome: Outcome
     controls: tuple[float, ...] = ()
+    damage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,9 +163,12 @@ class Side:
         smallest: How many neurons break refusal: the first trial that does; None where none did.
         largest: The largest single fall of judged refusal, as a share of the base's, and its
             interval.
-        gini: Of the candidates' falls: 0 all alike, 1 all in one.
-        effective: Effective number of neurons, ``(sum f)**2 / sum f**2`` over the falls ``f`` that
-            differ from 0 (Kish 1965; the inverse of Herfindahl's index).
+        gini: Of the candidates' falls, each held at twice its own range (``constant`` at strength
+            2): 0 all alike, 1 all in one.
+        effective: Effective number of neurons, ``(sum f)**2 / sum f**2`` over those falls ``f``
+            that differ from 0 beyond those of random neurons (Kish 1965; the inverse of
+            Herfindahl's index).
+        singles: The neurons with the largest falls, random ones included, judged alone.
     """
 
     prompts: int
@@ -169,6 +180,7 @@ class Side:
     largest: tuple[float, Interval]
     gini: float
     effective: float
+    singles: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +194,9 @@ class AuditResult:
         settings: Everything needed to repeat it: command, version, judge, seed, hashes and numbers
             of prompts, openings of refusals, thresholds.
         units: How many units were ranked.
-        base: What the model does untouched.
+        base: What the model does untouched on the prompts that are measured: it refuses all the
+            harmful and none of the benign ones (``settings["given"]`` has the shares of all prompts
+            given). On all of them where there is nothing to audit.
         refusal: Of harmful prompts; None where there is nothing to audit.
         over_refusal: Of benign prompts that the base refuses; None where these are too few.
         seconds: Of each stage, by name.
@@ -282,6 +296,7 @@ def _side(data: Mapping[str, Any] | None) -> Side | None:
         (float(share), Interval(**interval)),
         data["gini"],
         data["effective"],
+        tuple(_trial(each) for each in data["singles"]),
     )
 
 
@@ -302,6 +317,7 @@ def _trial(data: Mapping[str, Any]) -> Trial:
         data["strength"],
         Outcome.from_dict(data["outcome"]),
         tuple(data["controls"]),
+        data["damage"],
     )
 
 

@@ -6,9 +6,9 @@ when as many others, drawn at random in the same sites, are?
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import PreTrainedModel
@@ -17,26 +17,15 @@ from safeft.capture import silence
 from safeft.causal.controls import Parted, parted, random_controls
 from safeft.causal.effect import CausalEffect, Outcome, Verdict
 from safeft.causal.interventions import Units, mean_activations, patch, scale
+from safeft.causal.trials import Change, Trials
 from safeft.errors import ConfigError
-from safeft.generation import generate_tokens
-from safeft.intervals import Rate, shortfall
-from safeft.judge import Judge
-from safeft.measure import JudgeLike, answer_loss, ready_judge, some_prompts
+from safeft.intervals import shortfall
+from safeft.locators.scores import SIDES, Side
+from safeft.measure import JudgeLike, ready_judge, some_prompts
 from safeft.neurons import NeuronSet
 from safeft.processes import from_first
 from safeft.progress import progress
-from safeft.prompts import (
-    Batch,
-    Prompt,
-    PromptLike,
-    Reader,
-    collate,
-    grouped,
-    input_device,
-    pad_token,
-    row_of,
-    tokenizer_of,
-)
+from safeft.prompts import Prompt, PromptLike, Reader
 from safeft.shards import is_split
 from safeft.sites import find_sites
 
@@ -121,24 +110,28 @@ def validate(
     sides = some_prompts(harmful, "harmful"), some_prompts(benign, "benign")
     settled = {"batch_size": 16, "max_length": 1024, "chat_template": None, **batching}
     share = share and not any(is_split(p) for p in model.parameters())
-    trial = _Trial(model, tokenizer, *sides, ready_judge(judge), max_new_tokens, share, settled)
+    prompts: dict[Side, list[Prompt]] = dict(zip(SIDES, sides, strict=True))
+    trials = Trials(model, tokenizer, prompts, ready_judge(judge), max_new_tokens, share, settled)
     neurons.check_model(model)
     sites = {name: site for name, site in find_sites(model).items() if name in neurons.indices}
-    own = trial.answers(trial.benign)
+    own = trials.answers("benign")
     means = {}
     if intervention == "patch":
-        means = mean_activations(model, trial.batches(trial.benign, own), sites)
+        means = mean_activations(model, trials.batches("benign", own), sites)
 
-    def weakened(units: Units) -> AbstractContextManager[None]:
-        if intervention == "patch":
-            return patch(model, units, sites, means)
-        if factor is not None:
-            return scale(model, units, sites, factor)
-        return silence(model, units, sites)
+    def weakened(units: Units) -> Change:
+        def change(_: Side, __: Sequence[int]) -> AbstractContextManager[None]:
+            if intervention == "patch":
+                return patch(model, units, sites, means)
+            if factor is not None:
+                return scale(model, units, sites, factor)
+            return silence(model, units, sites)
+
+        return change
 
     conditions = [{}, neurons.indices, *controls]
     found = [
-        trial.run(weakened(units) if units else nullcontext(), own)
+        trials.run(own, weakened(units) if units else None)
         for units in progress(conditions, "causal check")
     ]
     (intact, before), (located, verdicts), *others = found
@@ -157,9 +150,9 @@ def validate(
             {
                 "neurons": len(neurons),
                 "sha256": neurons.hash,
-                "prompts": {"harmful": len(trial.harmful), "benign": len(trial.benign)},
+                "prompts": {side: len(asked) for side, asked in prompts.items()},
                 "max_new_tokens": max_new_tokens,
-                "judge": trial.judge.name,
+                "judge": trials.judge.name,
                 "seed": seed,
             },
         )
@@ -189,60 +182,3 @@ def _checked_factor(intervention: str, factor: float | None, tokens: int) -> flo
             "when they are weakened. Give a number below 1, such as 0.5."
         )
     return factor
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """The prompts, and how one condition is measured on them."""
-
-    model: PreTrainedModel
-    tokenizer: Reader
-    harmful: list[Prompt]
-    benign: list[Prompt]
-    judge: Judge
-    max_new_tokens: int
-    share: bool
-    batching: Mapping[str, Any]
-
-    def run(
-        self, change: AbstractContextManager[None], own: Sequence[list[int]]
-    ) -> tuple[Outcome, list[bool]]:
-        """The outcome under ``change``, and for each harmful prompt whether it is refused."""
-        with change:
-            replies, served = self.answers(self.harmful), self.answers(self.benign)
-            loss = answer_loss(self.model, self.batches(self.benign, own))
-        odd = answer_loss(self.model, self.batches(self.harmful, replies), second_half=True)
-        refused, over = self._judged(self.harmful, replies), self._judged(self.benign, served)
-        rates = Rate.of(sum(refused), len(refused)), Rate.of(sum(over), len(over))
-        return Outcome(*rates, loss, odd), refused
-
-    def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Greedy answers, each with the token that ends it: an empty one has to count as one."""
-        found = generate_tokens(
-            self.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens,
-            description="answering", share=self.share, **self.batching,
-        )  # fmt: skip
-        padding = pad_token(self.tokenizer)
-        end = tokenizer_of(self.tokenizer).eos_token_id
-        lost = end == padding  # then it was cut off with the padding
-        return [
-            [*ids, padding] if not ids or (lost and len(ids) < self.max_new_tokens) else ids
-            for ids in found
-        ]
-
-    def batches(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> Iterator[Batch]:
-        """Prompts with answers as tokens, as they were generated."""
-        room = self.batching["max_length"] + self.max_new_tokens
-        template = self.batching["chat_template"]
-        rows = [
-            replace(row_of(self.tokenizer, prompt, template, answered=False), answer=list(answer))
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-        for numbers in grouped(rows, self.batching["batch_size"]):
-            chosen = [rows[number] for number in numbers]
-            yield collate(self.tokenizer, chosen, True, 1, input_device(self.model), room)
-
-    def _judged(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[bool]:
-        plain = tokenizer_of(self.tokenizer)
-        texts = [str(plain.decode(a, skip_special_tokens=True)).strip() for a in answers]
-        return self.judge([prompt.text for prompt in prompts], texts)

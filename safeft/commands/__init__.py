@@ -15,6 +15,7 @@ VERBS = {
     "locate": "find the safety neurons of a chat model",
     "shield": "what languages share: locate, compare, tune only that, measure the transfer",
     "validate": "check that refusal hangs on them, against random sets of equal size",
+    "audit": "does refusal hang on one neuron, on a few, on many? tests them, gates a release",
     "sft": "supervised fine-tuning (all of `trl sft`) with the neurons frozen",
     "dpo": "preference tuning (all of `trl dpo`) with the neurons frozen",
     "verify": "compare base and tuned weights, bit by bit",

@@ -207,6 +207,17 @@ def _owners(plan: Plan, sites: Mapping[str, Site]) -> dict[tuple[str, int], str]
     return found
 
 
+def slice_hashes(values: Tensor, axis: Axis) -> tuple[str, str]:
+    """A slice's SHA-256 as certificates of trainings and as those of :func:`verify` state it.
+
+    They differ only where a slice has more rows than ``verify`` reads at once.
+    """
+    whole = bytes_hash([values])
+    if axis == "columns":
+        return whole, whole
+    return whole, _joined([bytes_hash([chunk]) for chunk in values.split(_ROWS)])
+
+
 def _joined(hashes: list[str]) -> str:
     if len(hashes) == 1:
         return hashes[0]

@@ -90,7 +90,7 @@ def refusal_openings(
                 [plain.decode(ids[:1]) for ids in refusals[:3]] or "the default list",
             )
         refusals = refusals or tokens_of(default_refusal_openings())
-    prefix, tokens = _apart(refusals, served)
+    prefix, tokens = apart(refusals, served)
     if not tokens:
         shown = sorted({str(plain.decode(ids[:3])) for ids in refusals})[:3]
         raise PromptError(
@@ -101,10 +101,22 @@ def refusal_openings(
     return RefusalOpenings(prefix, tokens, texts)
 
 
-def _apart(
+def apart(
     refusals: Sequence[list[int]], served: Sequence[list[int]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shortest shared start after which most refusals go on as few benign answers do."""
+    """Shortest shared start after which most refusals go on as few benign answers do.
+
+    Args:
+        refusals: Token numbers of refusals.
+        served: Those of answers to benign prompts.
+
+    Returns:
+        The start, and the tokens that turn it into a refusal; none where there are none.
+
+    Example:
+        >>> apart([[7, 1], [7, 2]], [[7, 3], [8, 1]])
+        ((7,), (1, 2))
+    """
     prefix: tuple[int, ...] = ()
     for depth in range(_DEEPEST):
         here = [ids for ids in refusals if tuple(ids[:depth]) == prefix and len(ids) > depth]

@@ -17,10 +17,9 @@ from safeft.generation import generate_tokens
 from safeft.judge import Judge
 from safeft.locators.openings import RefusalOpenings
 from safeft.locators.scores import forward
-from safeft.margin import opening_likelihood, refusal_margin
 from safeft.measure import evaluating
-from safeft.monitor.openings import Start, openings_of
 from safeft.neurons import NeuronSet
+from safeft.openings import opening_margins, openings_of
 from safeft.processes import broadcast, from_first, rank, ranks, summed
 from safeft.prompts import Batch, Prompt, Reader, batches, input_device, tokenizer_of
 from safeft.shards import is_split
@@ -174,18 +173,13 @@ class Observer:
     def _read(self, batch: Batch) -> Tensor:
         """Sums over a batch: margins, tokens, activations."""
         sums: dict[str, Tensor] = {}
-        likely: dict[Start, Tensor] = {}
         assert self.openings is not None
-        for head in _longest([opening.prefix for opening in self.openings]):
-            answered, kept = batch.answered(head), 1 + len(head)
+
+        def read(answered: Batch, kept: int) -> Tensor:
             with self._watched(answered, sums):
-                logits = forward(self._model, answered, keep_logits=kept)[:, -kept:]
-            for opening in self.openings:
-                if opening.prefix == head[: len(opening.prefix)]:
-                    likely[opening.prefix] = opening_likelihood(
-                        logits[:, : 1 + len(opening.prefix)], opening.tokens, opening.prefix
-                    )
-        margins = refusal_margin(list(likely.values()))
+                return forward(self._model, answered, keep_logits=kept)
+
+        margins = opening_margins(self.openings, batch, read)
         found = [
             sums.get(inlet, torch.zeros(len(units) * site.width)).double().cpu()
             for inlet, (site, units) in self._units.items()
@@ -206,15 +200,6 @@ class Observer:
 
         with tap(self._model, [site.writes for site, _ in self._units.values()], observe):
             yield
-
-
-def _longest(heads: Sequence[Start]) -> list[Start]:
-    """Those that no other goes on from: passing over one of these passes over its starts too."""
-    return [
-        head
-        for head in heads
-        if not any(other != head and other[: len(head)] == head for other in heads)
-    ]
 
 
 def _leave_sharded(model: Any) -> None:

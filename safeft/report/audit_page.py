@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from safeft.auditing.result import AuditResult, Candidate, Side
+from safeft.auditing.result import AuditResult, Candidate, Side, Trial
 from safeft.files import write_whole
 from safeft.report.audit_pictures import pictures
 from safeft.report.audit_words import (
     HEADLINES,
     LIMITS,
     Figure,
-    damage,
     figures,
     intervention,
-    left,
     place,
     places,
     rules,
@@ -93,18 +91,22 @@ def _of_side(about: str, side: Side, result: AuditResult) -> dict[str, Any]:
         "controls": len(side.controls),
         "candidates": [_candidate(each) for each in ranked[:SHOWN]],
         "trials": [
-            {
-                "count": len(trial.names),
-                "intervention": intervention(trial),
-                "left": f"{rate.value:.1%}",
-                "interval": f"{rate.low:.1%} to {rate.high:.1%}",
-                "controls": _range(trial.controls),
-                "damage": f"{damage(trial, result.base):+.2f}",
-                "broken": damage(trial, result.base) > result.thresholds.broken,
-            }
-            for trial in side.trials
-            for rate in (left(trial, result.base, about),)
+            *(_trial(trial.names[0], trial, result) for trial in side.singles),
+            *(_trial(f"{len(trial.names)} together", trial, result) for trial in side.trials),
         ],
+    }
+
+
+def _trial(name: str, trial: Trial, result: AuditResult) -> dict[str, Any]:
+    rate, cost = trial.outcome.refusal, trial.damage
+    return {
+        "name": name,
+        "intervention": intervention(trial),
+        "left": f"{rate.value:.1%}",
+        "interval": f"{rate.low:.1%} to {rate.high:.1%}",
+        "controls": _range(trial.controls),
+        "damage": f"{cost:+.2f}",
+        "broken": cost > result.thresholds.broken,
     }
 
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from safeft.auditing.result import AuditResult, Candidate, Distribution, Side, Trial
-from safeft.report.audit_words import damage, left, sides
+from safeft.report.audit_words import sides
 from safeft.report.plots import svg
 
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -119,13 +119,13 @@ def removal_curve(about: str, side: Side, result: AuditResult) -> str:
     for number, (kind, trials) in enumerate(_by_kind(side.trials).items()):
         shade = _SHADES[number % len(_SHADES)]
         places = [at[len(trial.names)] for trial in trials]
-        rates = [left(trial, result.base, about) for trial in trials]
+        rates = [trial.outcome.refusal for trial in trials]
         ends = [[max(0, r.value - r.low) for r in rates], [max(0, r.high - r.value) for r in rates]]
         axes.errorbar(
             places, [r.value for r in rates], yerr=ends, color=shade, marker="o", markersize=4,
             linewidth=1.8, capsize=2, elinewidth=1, label=f"strongest neurons, {kind}", zorder=3,
         )  # fmt: skip
-        costs = [damage(trial, result.base) for trial in trials]
+        costs = [trial.damage for trial in trials]
         below.plot(places, costs, color=shade, marker="o", markersize=3, linewidth=1.4)
     draws = [(at[len(t.names)], share) for t in side.trials for share in t.controls]
     if draws:
@@ -146,15 +146,13 @@ def removal_curve(about: str, side: Side, result: AuditResult) -> str:
         each.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         each.set_xlim(-0.4, len(sizes) - 0.6)
     _legend(axes)
-    said = [
-        f"{len(trial.names)}: {left(trial, result.base, about).value:.0%}" for trial in side.trials
-    ]
+    said = [f"{len(trial.names)}: {trial.outcome.refusal.value:.0%}" for trial in side.trials]
     return _picture(
         figure,
         f"{about}-removal",
         f"{about.capitalize()} left against neurons weakened",
-        f"Neurons weakened, and {about} left: {', '.join(said)}. Below, the rise of the loss on "
-        "benign answers; above the dashed line the model no longer speaks.",
+        f"Neurons weakened, and {about} left: {', '.join(said)}. Below, the damage; "
+        "above the dashed line the model no longer speaks.",
     )
 
 
@@ -196,12 +194,12 @@ def change(before: AuditResult, after: AuditResult) -> str:
     figure, axes = _figure(3.1)
     assert before.refusal is not None
     assert after.refusal is not None
-    both = (("before", before, before.refusal), ("after", after, after.refusal))
-    sizes = sorted({len(trial.names) for _, _, side in both for trial in side.trials})
+    both = (("before", before.refusal), ("after", after.refusal))
+    sizes = sorted({len(trial.names) for _, side in both for trial in side.trials})
     at = {size: place for place, size in enumerate(sizes)}
-    for (name, result, side), shade in zip(both, (_BEFORE, _STRONG), strict=True):
+    for (name, side), shade in zip(both, (_BEFORE, _STRONG), strict=True):
         for number, trials in enumerate(_by_kind(side.trials).values()):
-            rates = [left(trial, result.base, "refusal") for trial in trials]
+            rates = [trial.outcome.refusal for trial in trials]
             places = [at[len(trial.names)] for trial in trials]
             axes.fill_between(
                 places, [r.low for r in rates], [r.high for r in rates], color=shade, alpha=0.15,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safeft.auditing.result import AuditResult, Effect, Neuron, Side, Thresholds, Trial
-from safeft.causal.effect import Outcome
+from safeft.auditing.verdict import few_units
 from safeft.intervals import Interval, Rate
 
 HEADLINES: Mapping[str, str] = {
@@ -93,10 +93,10 @@ def formed(value: float, form: str) -> str:
 
 def figures(result: AuditResult) -> tuple[Figure, ...]:
     """The audit in numbers, in the order of the page."""
-    base = result.base
+    harmful, benign = asked(result)
     found = [
-        _rate("base_refusal", "harmful prompts refused", "refusal", base.refusal),
-        _rate("base_over_refusal", "benign prompts refused", "over-refusal", base.over_refusal),
+        _rate("base_refusal", "harmful prompts refused", "refusal", harmful),
+        _rate("base_over_refusal", "benign prompts refused", "over-refusal", benign),
     ]
     for about, side in sides(result):
         share, interval = side.largest
@@ -130,6 +130,12 @@ def figures(result: AuditResult) -> tuple[Figure, ...]:
     return tuple(found)
 
 
+def asked(result: AuditResult) -> tuple[Rate, Rate]:
+    """What the untouched model refuses of all harmful and all benign prompts it was given."""
+    given = result.settings["given"]
+    return Rate(**given["harmful"]), Rate(**given["benign"])
+
+
 def _rate(key: str, label: str, about: str, rate: Rate) -> Figure:
     return Figure(key, label, about, rate.value, "share", Interval(rate.low, rate.high))
 
@@ -145,10 +151,10 @@ def rules(thresholds: Thresholds, units: int) -> tuple[tuple[str, str], ...]:
     """What each verdict means under these thresholds, the worst first.
 
     Example:
-        >>> rules(Thresholds(), 4096)[1]
-        ('concentrated', 'At most 4 neurons (0.1% of the 4,096 searched) together do.')
+        >>> rules(Thresholds(), 40960)[1]
+        ('concentrated', 'At most 40 neurons of the 40,960 searched together do.')
     """
-    few = max(1, math.floor(thresholds.few * units))
+    few = few_units(thresholds, units)
     together = f"At most {few:,} {'neuron' if few == 1 else 'neurons'}"
     return (
         (
@@ -158,7 +164,7 @@ def rules(thresholds: Thresholds, units: int) -> tuple[tuple[str, str], ...]:
         ),
         (
             "concentrated",
-            f"{together} ({thresholds.few:.1%} of the {units:,} searched) together do.",
+            f"{together} of the {units:,} searched together do.",
         ),
         ("distributed", "None of the groups tried that small does."),
         ("nothing to audit", "The untouched model refuses too few prompts for a fall to show."),
@@ -192,18 +198,6 @@ def intervention(what: Effect | Trial) -> str:
         'constant -2'
     """
     return what.kind if what.strength is None else f"{what.kind} {what.strength:g}"
-
-
-def left(trial: Trial, base: Outcome, about: str) -> Rate:
-    """Share of the base's refusals, or over-refusals, that a trial left, with its interval."""
-    name = "refusal" if about == "refusal" else "over_refusal"
-    before, after = getattr(base, name), getattr(trial.outcome, name)
-    return Rate.of(min(after.count, before.count), before.count) if before.count else after
-
-
-def damage(trial: Trial, base: Outcome) -> float:
-    """What a trial costs on benign answers, in nats a token."""
-    return trial.outcome.benign_loss - base.benign_loss
 
 
 def data_sets(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -35,8 +35,9 @@ def frontier(comparison: Comparison, learnt: str = "domain_accuracy") -> str:
     for number, row in enumerate(rows):
         style = {"color": colour(number), "marker": _MARKERS[number // 8 % len(_MARKERS)]}
         _end(end, row, learnt, style)
-        _way(way, comparison.of(row.arm), style)
+        _way(way, comparison.of(row.arm), style | {"label": row.arm})
     _before(end, comparison, learnt)
+    _before(way, comparison, "domain_loss")
     if learnt.endswith("loss"):
         end.invert_xaxis()
     way.invert_xaxis()
@@ -45,8 +46,9 @@ def frontier(comparison: Comparison, learnt: str = "domain_accuracy") -> str:
     for axes in (end, way):
         axes.set_ylim(-0.03, 1.03)
         axes.set_ylabel("harmful prompts refused", fontsize=8)
-    figure.legend(*end.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=7)
-    figure.suptitle(comparison.title, fontsize=10)
+    figure.legend(*way.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=7)
+    if comparison.title:
+        figure.suptitle(comparison.title, fontsize=10)
     return svg(figure)
 
 
@@ -61,7 +63,6 @@ def _end(axes: Any, row: Row, learnt: str, style: dict[str, Any]) -> None:
         markersize=6,
         capsize=2,
         elinewidth=0.8,
-        label=row.arm,
         **style,
     )
 
@@ -80,6 +81,7 @@ def _way(axes: Any, runs: Sequence[Run], style: dict[str, Any]) -> None:
 
 def _before(axes: Any, comparison: Comparison, learnt: str) -> None:
     """The base: how much there was to keep."""
-    axes.axhline(comparison.base["refusal"], color=colour(6), linestyle=":", linewidth=1)
+    label = "before tuning"
+    axes.axhline(comparison.base["refusal"], color=colour(6), ls=":", linewidth=1, label=label)
     if learnt in comparison.base:
         axes.axvline(comparison.base[learnt], color=colour(6), linestyle=":", linewidth=1)

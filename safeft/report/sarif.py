@@ -12,7 +12,7 @@ from urllib.parse import quote
 from safeft import __version__
 from safeft.auditing.result import AuditResult
 from safeft.files import sha256
-from safeft.report.audit_words import HEADLINES, LIMITS, left, rules
+from safeft.report.audit_words import HEADLINES, LIMITS, rules
 
 Level: TypeAlias = Literal["error", "warning", "note"]
 
@@ -114,11 +114,10 @@ def _message(rule: _Rule, result: AuditResult, before: AuditResult | None) -> st
         return f"{rule.short} It was {before.verdict} and is {result.verdict} now."
     side = result.over_refusal
     if rule.name == "over-refusal" and side is not None and side.smallest is not None:
-        trial = next((t for t in side.trials if len(t.names) == side.smallest), None)
+        judged = (*side.singles, *side.trials)
+        trial = next((t for t in judged if len(t.names) == side.smallest), None)
         count = f"{side.smallest} neuron{'s' if side.smallest > 1 else ''}"
-        kept = (
-            f", and {left(trial, result.base, 'over-refusal').value:.0%} is left" if trial else ""
-        )
+        kept = f", and {trial.outcome.refusal.value:.0%} is left" if trial else ""
         return f"{rule.short} {count} weakened{kept}."
     return ""
 

@@ -2,7 +2,7 @@
 
 from safeft.judge import PrefixJudge
 from safeft.locators.openings import RefusalOpenings
-from safeft.monitor.openings import openings_of
+from safeft.openings import openings_of
 from safeft.prompts import as_prompts
 from tests.models import tiny_tokenizer
 

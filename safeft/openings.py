@@ -1,12 +1,15 @@
 """How a model starts its refusals, in as many tokens as it takes to call them so."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
+
+from torch import Tensor
 
 from safeft.judge import Judge
 from safeft.locators.openings import RefusalOpenings
-from safeft.prompts import Prompt, Reader, tokenizer_of
+from safeft.margin import opening_likelihood, refusal_margin
+from safeft.prompts import Batch, Prompt, Reader, tokenizer_of
 
 _COVERED = 0.95
 _HEADS = 4
@@ -54,3 +57,47 @@ def openings_of(
         found.append(RefusalOpenings(head, tokens, texts))
         covered += groups[head].total()
     return tuple(found)
+
+
+def opening_margins(
+    openings: Sequence[RefusalOpenings], batch: Batch, read: Callable[[Batch, int], Tensor]
+) -> Tensor:
+    """The refusal margin of each prompt; a pass for each way in which refusals go on.
+
+    Args:
+        openings: How refusals start.
+        batch: Prompts; their answers, if any, are left out.
+        read: From a batch and how many logits are needed at its end to these,
+            ``(prompts, logits, vocabulary)``.
+
+    Returns:
+        ``(prompts,)`` float64, on the CPU; see :func:`safeft.margin.refusal_margin`.
+
+    Example:
+        >>> opening_margins(openings, batch, partial(forward, model))  # doctest: +SKIP
+        tensor([ 3.1,  2.7, -4.0], dtype=torch.float64)
+    """
+    likely: dict[Start, Tensor] = {}
+    for head in longest([opening.prefix for opening in openings]):
+        kept = 1 + len(head)
+        logits = read(batch.answered(head), kept)[:, -kept:]
+        for opening in openings:
+            if opening.prefix == head[: len(opening.prefix)]:
+                likely[opening.prefix] = opening_likelihood(
+                    logits[:, : 1 + len(opening.prefix)], opening.tokens, opening.prefix
+                )
+    return refusal_margin(list(likely.values()))
+
+
+def longest(heads: Sequence[Start]) -> list[Start]:
+    """Those that no other goes on from: passing over one of these passes over its starts too.
+
+    Example:
+        >>> longest([(7,), (7, 120), (8,)])
+        [(7, 120), (8,)]
+    """
+    return [
+        head
+        for head in heads
+        if not any(other != head and other[: len(head)] == head for other in heads)
+    ]

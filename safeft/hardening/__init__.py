@@ -1,0 +1,1 @@
+"""Making refusal hang on more neurons than it does."""
