@@ -96,7 +96,10 @@ def run_sets(options: argparse.Namespace, results: Results) -> None:
 
 def run_stream(options: argparse.Namespace, results: Results) -> None:
     """On the demo's model; and on another where one is given."""
-    settings = {"search": options.search, "count": options.answers}
+    settings = {
+        "search": options.search, "count": options.answers,
+        "false_positives": options.false_positives,
+    }  # fmt: skip
     part = results.part("stream", settings)
     beds = [("demo", None), *([("public", options.model)] if options.model else [])]
     for name, model in beds:
@@ -153,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="about so many texts of each set")
     parser.add_argument("--model", type=Path, help="the public testbed's model")
     parser.add_argument("--answers", type=int, default=600, help="of each side, for streams")
+    parser.add_argument("--false_positives", type=float, default=0.01, help="for streams")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=32)

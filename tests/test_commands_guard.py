@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from safeft.commands import main
-from tests.guarding import BAD, GOOD, texts, tiny_encoder
+from tests.guards import BAD, GOOD, texts, tiny_encoder
 from tests.models import tiny_model, tiny_tokenizer
 
 

@@ -3,7 +3,7 @@ import torch
 
 from safeft.errors import FingerprintError, PromptError
 from safeft.guard.drift import readability
-from tests.guarding import chat_guard, texts
+from tests.guards import chat_guard, texts
 from tests.models import tiny_model
 
 

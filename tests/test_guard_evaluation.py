@@ -13,7 +13,7 @@ from safeft.guard.evaluation import (
     result_of,
     stream_latency,
 )
-from tests.guarding import BAD, GOOD, chat_guard, encoder_guard, texts
+from tests.guards import BAD, GOOD, chat_guard, encoder_guard, texts
 
 
 def test_sets_are_counted_and_survive_json() -> None:

@@ -7,7 +7,7 @@ import torch
 from safeft.errors import ConfigError, PromptError, SelectionError
 from safeft.guard import GuardFitter, pooling
 from safeft.guard.fitter import LEAST
-from tests.guarding import BAD, GOOD, chat_guard, encoder_guard, texts, tiny_encoder
+from tests.guards import BAD, GOOD, chat_guard, encoder_guard, texts, tiny_encoder
 from tests.models import tiny_model, tiny_tokenizer
 
 QUICK: dict[str, Any] = {"search": 1, "members": 2}

@@ -9,7 +9,7 @@ from safeft.errors import ArtefactError, ConfigError, PromptError
 from safeft.guard import GuardedGeneration, Policy
 from safeft.guard.generation import Event, marker_tokens
 from safeft.guard.log import AuditLog
-from tests.guarding import chat_guard
+from tests.guards import chat_guard
 from tests.models import tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}

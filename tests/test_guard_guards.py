@@ -8,7 +8,7 @@ from safeft.guard import Guard, GuardEnsemble
 from safeft.guard.guards import Score
 from safeft.guard.pooling import ActivationError
 from safeft.guard.reading import Window, batched
-from tests.guarding import BAD, GOOD, chat_guard, encoder_guard, texts
+from tests.guards import BAD, GOOD, chat_guard, encoder_guard, texts
 from tests.models import tiny_model, tiny_tokenizer
 
 

@@ -11,7 +11,7 @@ from safeft.errors import ArtefactError, ConfigError, FingerprintError
 from safeft.files import sha256
 from safeft.guard import Guard
 from safeft.guard.head import GuardHead, weights_of
-from tests.guarding import chat_guard, encoder_guard, fitted, texts, tiny_encoder
+from tests.guards import chat_guard, encoder_guard, fitted, texts, tiny_encoder
 from tests.models import tiny_model, tiny_tokenizer
 
 

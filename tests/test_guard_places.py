@@ -4,7 +4,7 @@ import torch
 from safeft.capture import CaptureError
 from safeft.errors import ConfigError
 from safeft.guard.places import Place, find_places, taken, watched
-from tests.guarding import tiny
+from tests.guards import tiny
 from tests.models import MODEL_TYPES, tiny_model
 from tests.test_capture import hooks_of
 

@@ -11,7 +11,7 @@ from safeft.guard import pooling
 from safeft.guard.places import find_places
 from safeft.guard.pooling import ActivationError, FeatureStore, backbone, fill, pooled
 from safeft.guard.reading import Window, as_example, batched, windows
-from tests.guarding import tiny
+from tests.guards import tiny
 from tests.models import tiny_model, tiny_tokenizer
 
 TEXTS = ["short", "a longer text than that", "mid one", "x"]

@@ -15,7 +15,7 @@ from safeft.guard.reading import (
     text_hashes,
     windows,
 )
-from tests.guarding import tiny_encoder
+from tests.guards import tiny_encoder
 from tests.models import tiny_model, tiny_tokenizer
 
 ANSWERED = {"prompt": "How do I bake bread?", "response": "With flour and water."}

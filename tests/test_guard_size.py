@@ -5,7 +5,7 @@ from transformers import Qwen3Config
 
 from safeft.guard import size
 from safeft.guard.size import file_size
-from tests.guarding import chat_guard
+from tests.guards import chat_guard
 
 
 def test_doctests() -> None:

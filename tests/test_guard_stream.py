@@ -10,7 +10,7 @@ from safeft.guard.pooling import pooled
 from safeft.guard.reading import Window, batched
 from safeft.guard.stream import GuardStream, StreamError
 from safeft.prompts import as_prompts, row_of
-from tests.guarding import chat_guard, encoder_guard, fitted, tiny
+from tests.guards import chat_guard, encoder_guard, fitted, tiny
 from tests.models import tiny_tokenizer
 from tests.test_capture import hooks_of
 

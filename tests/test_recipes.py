@@ -133,3 +133,26 @@ def test_harden(workplace: Path) -> None:
     assert certificate["neurons"]["count"] == round(0.4 * 5 * 512)
     weights = [(out / label / "model.safetensors").read_bytes() for label in ("hardened", "tuned")]
     assert weights[0] != weights[1]
+
+
+def test_guard(workplace: Path) -> None:
+    script, config = ROOT / "recipes/guard.py", ROOT / "configs/guard/smoke.yaml"
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), "--config", str(config))
+    out = workplace / "runs/smoke/guard"
+    assert "held out: macro-F1" in shown
+    assert f"guard serve --guard {Path('runs/smoke/guard/guard')}" in shown
+    found = json.loads((out / "guard.json").read_text())
+    assert found["macro_f1"] > 0.8
+    assert "<svg" in (out / "guard.html").read_text()
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    blocked = {
+        side: sum(row["action"] == "block" for row in answers if row["side"] == side)
+        for side in ("harmful", "benign")
+    }
+    assert blocked["harmful"] > 4 * blocked["benign"]
+    assert all(row["text"] == "I can't help with that." for row in answers
+               if row["action"] == "block")  # fmt: skip
+    logged = (out / "audit.jsonl").read_text()
+    assert len(logged.splitlines()) == len(answers)
+    assert answers[0]["prompt"] not in logged

@@ -22,7 +22,6 @@ from safeft.guard.stream import GuardStream
 from safeft.prompts import Prompt, as_prompts, row_of
 
 TOKENS = (0, 32, 64, 128)
-FALSE_POSITIVES = 0.01
 
 
 def load(name: str, data: Path | None, model: Path | None) -> tuple[Any, Any, testbed.Testbed]:
@@ -78,7 +77,7 @@ def turning(
 
 def stream(
     name: str, data: Path | None, model: Path | None, *, count: int = 600, prompts: int = 8,
-    tokens: int = 40, search: int = 1,
+    tokens: int = 40, search: int = 1, false_positives: float = 0.01,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit on answers, then measure latency, false alarms, and streams against batches."""
     net, tokenizer, bed = load(name, data, model)
@@ -89,7 +88,8 @@ def stream(
     room = int(net.config.max_position_embeddings)
     turned = list(turning(guard, unseen, quiet, room))
     after = [len(tokenizer(str(p.response))["input_ids"]) - start for p, start in turned]
-    thresholds = {"0.5": 0.5, f"{FALSE_POSITIVES:.0%} of texts": guard.threshold(FALSE_POSITIVES)}
+    promised = f"{false_positives:.0%} of whole answers"
+    thresholds = {"0.5": 0.5, promised: guard.threshold(false_positives)}
     found = {}
     for said, threshold in thresholds.items():
         late = stream_latency(guard, turned, quiet, threshold=threshold, tokens=TOKENS)
