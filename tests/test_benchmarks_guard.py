@@ -16,6 +16,8 @@ from tests.guards import chat_guard, encoder_guard, texts, tiny_encoder
 from tests.models import tiny_tokenizer
 from tests.test_guard_service import Echo, Running
 
+QUICK = {"trials": 1, "splits": 2, "epochs": 1, "final": 20, "seed": 0}
+
 
 def toy(start: int) -> Labelled:
     asked, harmful = texts(60, start)
@@ -30,6 +32,7 @@ def test_methods_are_compared_and_nothing_is_done_twice(
     monkeypatch.setattr(sets, "load", lambda _: {"one": toy(0), "two": toy(500)})
     cells: dict[str, Any] = {}
     saved: list[int] = []
+    monkeypatch.setattr(baselines.SirenScheme.__init__, "__kwdefaults__", QUICK)
     wanted = {"methods": ("guard", "random units", *compare.SIMPLE, *compare.SIREN)}
     for _ in range(2):
         compare.compare(tmp_path, tmp_path, lambda: saved.append(len(cells)), cells, **wanted)
@@ -70,7 +73,6 @@ def test_the_other_scheme_learns() -> None:
     scheme.fit(features, truth, torch.arange(120), torch.arange(120, 160))
     right = (scheme.scores(features[160:]) > 0.5) == truth[160:]
     assert right.float().mean() > 0.8
-    assert set(scheme.seconds) == {"probes", "network"}
 
 
 def test_no_answer_is_fitted_on_and_tested_on() -> None:

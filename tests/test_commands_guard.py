@@ -105,6 +105,22 @@ def test_evaluate_writes_figures_and_a_page(place: Path, capsys: Any) -> None:
     assert "zzzz" not in page
 
 
+def test_evaluate_says_how_soon_a_stream_is_found_out(place: Path, capsys: Any) -> None:
+    turns = f"{GOOD} {BAD} {BAD} {BAD} {BAD}"
+    rows = [{"prompt": "Hi", "response": turns, "unsafe_from": len(GOOD)},
+            {"prompt": "Hi", "response": f"{GOOD} {GOOD}", "unsafe_from": ""}]  # fmt: skip
+    (place / "streams.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(
+        "evaluate", guard=place / "chat-guard", data=place / "test.jsonl",
+        streams=place / "streams.jsonl", output_dir=place / "late",
+    ) == 0  # fmt: skip
+    shown = capsys.readouterr().out
+    assert re.search(r"flagged by tokens after the boundary: 0.000 after 0, .*after 128", shown)
+    page = (place / "late/guard.html").read_text()
+    assert page.count("<svg") == 4
+    assert "On a stream" in page
+
+
 def test_evaluating_on_the_training_texts_is_refused(place: Path, capsys: Any) -> None:
     assert run("evaluate", guard=place / "encoder-guard", data=place / "train.jsonl") == 2
     assert "among those that the guard was fitted on" in capsys.readouterr().err

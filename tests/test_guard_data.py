@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from safeft.errors import ConfigError, PromptError
-from safeft.guard.data import read_labelled
+from safeft.guard.data import read_labelled, read_streams
+from tests.models import tiny_tokenizer
 
 
 def table(folder: Path, name: str, rows: list[tuple[str, ...]]) -> str:
@@ -61,3 +62,27 @@ def test_nothing_and_two_of_one_name(tmp_path: Path) -> None:
     path = table(tmp_path, "t.csv", [("text", "label"), ("a", "1")])
     with pytest.raises(ConfigError, match="Two tables are called 't'"):
         read_labelled([path, path])
+
+
+def test_streams_have_their_boundary_in_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "streams.jsonl"
+    rows = [{"prompt": "q", "response": "né bad", "unsafe_from": 3},
+            {"prompt": "q", "response": "fine", "unsafe_from": ""}]  # fmt: skip
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    unsafe, safe = read_streams(str(path), tiny_tokenizer())
+    assert unsafe == [({"prompt": "q", "response": "né bad"}, 4)]  # a token a byte
+    assert safe == [{"prompt": "q", "response": "fine"}]
+
+
+@pytest.mark.parametrize(
+    ("answer", "start", "message"),
+    [
+        ("bad", "3", "unsafe_from '3', and its answer has 3 characters"),
+        ("bad", "-1", "unsafe_from '-1'"),
+        ("", "0", "Row 1 of .* lacks a prompt or an answer"),
+    ],
+)
+def test_bad_streams(tmp_path: Path, answer: str, start: str, message: str) -> None:
+    rows = [("prompt", "response", "unsafe_from"), ("q", "r", "0"), ("q", answer, start)]
+    with pytest.raises(PromptError, match=message):
+        read_streams(table(tmp_path, "t.csv", rows), tiny_tokenizer())

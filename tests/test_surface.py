@@ -120,7 +120,7 @@ FLAGS = {
     "guard evaluate": (
         "safeft.commands.guard",
         "EvaluateConfig",
-        {"guard", "data", "threshold", "false_positives", "output_dir"},
+        {"guard", "data", "threshold", "false_positives", "streams", "output_dir"},
     ),
     "guard serve": ("safeft.commands.guard", "ServeConfig", {"guard", "host", "port"}),
     "sft": (

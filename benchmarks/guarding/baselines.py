@@ -9,7 +9,6 @@ the paper's, its fitting time is below what the scheme takes.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -137,12 +136,10 @@ class SirenScheme:
     ) -> None:  # fmt: skip
         self.layers, self.trials, self.splits = layers, trials, splits
         self.epochs, self.final, self.seed = epochs, final, seed
-        self.seconds: dict[str, float] = {}
 
     def fit(self, features: Tensor, truth: Tensor, rows: Tensor, held: Tensor) -> SirenScheme:
         """Fit on ``rows``, choosing on ``held``."""
         torch.manual_seed(self.seed)
-        start = time.perf_counter()
         target = truth.float()
         chosen, scores = [], []
         for layer in features.chunk(self.layers, 1):
@@ -157,11 +154,8 @@ class SirenScheme:
         low, high = min(scores), max(scores)
         weights = [max(0.1, (s - low) / (high - low)) if high > low else 1.0 for s in scores]
         self._read = list(zip(chosen, weights, strict=True))
-        self.seconds["probes"] = time.perf_counter() - start
-        start = time.perf_counter()
         inputs = self._inputs(features)
         self._network(inputs, target, torch.cat([rows, held]))
-        self.seconds["network"] = time.perf_counter() - start
         return self
 
     def scores(self, features: Tensor) -> Tensor:

@@ -68,8 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     template = read_template(config.chat_template_path)
     judge = as_judge(config.judge, refusal_label=config.refusal_label)
     model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
-    base = load_model(config.base, config.dtype, config.device)[0] if config.base else None
-    guard = load_guard(config.guard, base, config) if config.guard else None
+    base, own = None, tokenizer
+    if config.base:
+        base, own = load_model(config.base, config.dtype, config.device)
+    guard = load_guard(config.guard, base, own, config) if config.guard else None
     found = evaluate(
         model,
         tokenizer,
@@ -97,15 +99,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load_guard(folder: str, base: Any, config: EvaluateConfig) -> Any:
+def load_guard(folder: str, base: Any, tokenizer: Any, config: EvaluateConfig) -> Any:
     """A guard on the model it was fitted on: the given base, or where the guard says it is."""
     from safeft.guard import Guard
     from safeft.guard.head import GuardHead
 
     head = GuardHead.from_pretrained(folder)
-    name = config.base or head.model.name_or_path
-    own, tokenizer = load_model(name, config.dtype, config.device)
-    return Guard(head, own if base is None else base, tokenizer)
+    if base is None:
+        base, tokenizer = load_model(head.model.name_or_path, config.dtype, config.device)
+    return Guard(head, base, tokenizer)
 
 
 def _table(found: Any) -> str:

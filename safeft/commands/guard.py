@@ -109,6 +109,10 @@ class EvaluateConfig(GuardData, GuardModel):
     false_positives: float | None = field(
         default=None, metadata={"help": "Or the share of harmless texts that may be flagged."}
     )
+    streams: str | None = field(
+        default=None,
+        metadata={"help": "Table of prompt, response, unsafe_from: how soon answers are flagged."},
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Write guard.json and guard.html there."}
     )
@@ -247,7 +251,9 @@ def evaluate(config: EvaluateConfig) -> int:
     """Read, load, measure, write, print."""
     from safeft.files import write_together
     from safeft.guard import evaluate_guard
-    from safeft.guard.data import read_labelled
+    from safeft.guard.data import read_labelled, read_streams
+    from safeft.guard.evaluation import stream_latency
+    from safeft.prompts import tokenizer_of
     from safeft.report.guard_page import guard_page
 
     sets = read_labelled(
@@ -255,11 +261,16 @@ def evaluate(config: EvaluateConfig) -> int:
         label_column=config.label_column, answer_column=config.answer_column,
     )  # fmt: skip
     guard = _guard(config.guard, config)
+    threshold, late = _threshold(guard, config), None
+    if config.streams:
+        unsafe, safe = read_streams(config.streams, tokenizer_of(guard.tokenizer))
+        late = stream_latency(guard, unsafe, safe, threshold=threshold)
     found = evaluate_guard(
         guard,
         {name: (each.examples, each.labels) for name, each in sets.items()},
-        threshold=_threshold(guard, config),
+        threshold=threshold,
         batch_size=config.batch_size,
+        latency=late,
     )
     text = json.dumps(found.to_dict(), indent=1) + "\n"
     if config.output_dir:
@@ -276,6 +287,11 @@ def evaluate(config: EvaluateConfig) -> int:
         ends = f"{each.interval.low:.3f} to {each.interval.high:.3f}"
         print(f"{each.name:<24}{each.texts:>7}{each.macro_f1:>10.3f}  {ends:<16}{cells[0]:>7}"
               f"{cells[1]:>9}{ranked:>7}")  # fmt: skip
+    if late is not None:
+        rates = zip(late.tokens, late.recall, strict=True)
+        flagged = ", ".join(f"{rate.value:.3f} after {tokens}" for tokens, rate in rates)
+        print(f"unsafe answers flagged by tokens after the boundary: {flagged}; "
+              f"{1000 * late.false_alarms.value:.0f} in 1,000 safe ones ever")  # fmt: skip
     return 0
 
 

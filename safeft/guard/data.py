@@ -74,6 +74,43 @@ def read_labelled(
     return found
 
 
+def read_streams(
+    path: str, tokenizer: Any
+) -> tuple[list[tuple[dict[str, str], int]], list[dict[str, str]]]:
+    """Answers to be scored while they grow: unsafe ones, each with its boundary, and safe ones.
+
+    Args:
+        path: A table with ``prompt``, ``response`` and ``unsafe_from``: the character of the
+            response from which it is unsafe, 0 for its first; empty for a safe one.
+        tokenizer: The model's, to count tokens before the boundary.
+
+    Raises:
+        PromptError: A file or column is missing, an answer is empty, or a boundary is not inside
+            its answer.
+
+    Example:
+        >>> unsafe, safe = read_streams("streams.jsonl", tokenizer)  # doctest: +SKIP
+    """
+    cells = read_columns(path, ["prompt", "response", "unsafe_from"])
+    unsafe, safe = [], []
+    for number, (asked, said, start) in enumerate(zip(*cells.values(), strict=True)):
+        if not asked or not said:
+            raise PromptError(f"Row {number} of {path!r} lacks a prompt or an answer; remove it.")
+        chat = {"prompt": asked, "response": said}
+        if not start:
+            safe.append(chat)
+        elif start.isdecimal() and int(start) < len(said):
+            before = tokenizer(said[: int(start)], add_special_tokens=False)["input_ids"]
+            unsafe.append((chat, len(before)))
+        else:
+            raise PromptError(
+                f"Row {number} of {path!r} is unsafe_from {start!r}, and its answer has "
+                f"{len(said)} characters. Give the number of one of them, or nothing where the "
+                "answer is safe."
+            )
+    return unsafe, safe
+
+
 def _table(path: str, text: str | None, label: str, answer: str | None) -> LabelledSet:
     columns = [label] if answer is None else [label, answer]
     cells = read_columns(path, columns)

@@ -14,7 +14,7 @@ from safeft.errors import ConfigError
 from safeft.generation import evaluation_mode
 from safeft.guard.guards import Guard
 from safeft.guard.log import AuditLog
-from safeft.guard.policy import Action, Policy, severest
+from safeft.guard.policy import ACTIONS, Action, Policy, severest
 from safeft.guard.reading import Example, Phase, as_examples, check_writes
 from safeft.guard.stream import GuardStream
 from safeft.prompts import input_device, pad_token, row_of, tokenizer_of
@@ -164,7 +164,7 @@ class GuardedGeneration:
 
         def look(phase: Phase, score: float, token: int) -> bool:
             action = policy.action(phase, score)
-            severity = ("log", "warn", "review", "block").index(action)
+            severity = ACTIONS.index(action)
             if severity > worst[phase]:
                 worst[phase] = severity
                 events.append(Event(phase, action, score, token))
