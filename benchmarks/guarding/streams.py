@@ -19,7 +19,7 @@ from safeft.guard.evaluation import stream_latency
 from safeft.guard.pooling import pooled
 from safeft.guard.reading import Window, batched
 from safeft.guard.stream import GuardStream
-from safeft.prompts import Prompt, as_prompts, row_of
+from safeft.prompts import Prompt, as_prompts, pad_token, row_of
 
 TOKENS = (0, 32, 64, 128)
 
@@ -120,7 +120,7 @@ def difference(guard: Guard, asked: Sequence[Prompt], tokens: int) -> dict[str, 
     """Largest difference of the stream's scores and those of each prefix in a batch of its own."""
     model: Any = guard.model
     rows = [row_of(guard.tokenizer, p, answered=False) for p in as_prompts([p.text for p in asked])]
-    padding = model.config.pad_token_id
+    padding = pad_token(guard.tokenizer)
     given = pad([(row.ids, []) for row in rows], padding, True, 1, "cpu")
     with GuardStream(guard, given.attention_mask) as watched:
         torch.manual_seed(0)
