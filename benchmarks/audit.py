@@ -134,7 +134,8 @@ def whole(name: str, model: Path | None, prompts: int, candidates: int) -> dict[
     )  # fmt: skip
     took = time.perf_counter() - begun
     print(f"{name}: {took:.0f} s, {found.verdict}: {found.reason}", flush=True)
-    return {"seconds": took, "threads": torch.get_num_threads(), **found.withheld().to_dict()}
+    about = {"seconds_whole": took, "threads": torch.get_num_threads()}
+    return {**about, **found.withheld().to_dict()}
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/demo_wide.py --seeds 5 --fractions 0.1 0.4 0.7 --jobs 2
 
-The same as `safeft demo --seeds 5 --fractions ...`, on one thread a process.
+The same as `safeft demo --seeds 5 --energy 0 --fractions ...`, on one thread a process.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.4, 0.7])
+    parser.add_argument("--energy", type=float, help="of directions to hold, too")
     parser.add_argument("--method", default="attribution")
     parser.add_argument("--sites", default="mlp")
     parser.add_argument("--learning_rate", type=float, default=None)
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_wide.json"))
     given = parser.parse_args()
     chosen: dict[str, Any] = {
+        "energy": given.energy,
         "fractions": tuple(given.fractions),
         "method": given.method,
         "sites": given.sites,

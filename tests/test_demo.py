@@ -14,7 +14,7 @@ from safeft.errors import ConfigError
 @pytest.fixture
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     held = experiment.Held.load()
-    short = experiment.Held(*(getattr(held, name)[:16] for name in held.__dataclass_fields__))
+    short = experiment.Held(*(getattr(held, name)[:8] for name in held.__dataclass_fields__))
     monkeypatch.setattr(experiment.Held, "load", classmethod(lambda cls: short))
 
 
@@ -24,27 +24,40 @@ def test_demo(few_prompts: None, tmp_path: Path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "EXACT" in shown
     result = json.loads((tmp_path / "result.json").read_text())
-    arms = [row["arm"] for row in result["rows"]]
-    assert arms[0] == "plain"
-    assert arms[-2:] == ["random 10%", "located 10%"]
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert list(rows) == [
+        "plain",
+        "random directions, 95%",
+        "located directions, 95%",
+        "random neurons, 10%",
+        "located neurons, 10%",
+    ]
     assert result["base"]["refusal"] >= 0.8
-    assert [row["exact"] for row in result["rows"][-2:]] == [True, True]
+    assert [row["exact"] for row in rows.values()] == [None, True, True, True, True]
     for run in result["runs"]:
         assert run["curve"][0]["step"] == 0
         assert run["curve"][-1]["step"] == 8
         assert run["curve"][-1]["domain_loss"] < run["curve"][0]["domain_loss"]
     assert "<svg" in (tmp_path / "report.html").read_text()
-    neurons = safeft.NeuronSet.from_pretrained(tmp_path / "neurons")
-    hold = tuple(result["settings"]["hold"])
-    again = safeft.verify(world.MODEL_PATH, tmp_path / "protected", neurons, hold=hold)
-    assert again.exact
-    assert not safeft.verify(
-        world.MODEL_PATH, tmp_path / "protected", neurons, mode="train_only"
-    ).exact
+    held = safeft.SafetySubspace.from_pretrained(tmp_path / "held")
+    assert safeft.verify(world.MODEL_PATH, tmp_path / "protected", held).exact
+    assert not safeft.verify(world.MODEL_PATH, tmp_path / "protected", held.at_random()).exact
+
+
+def test_arms_of_neurons_alone() -> None:
+    settings = experiment.Settings(energy=None, fractions=(0.1,), hold=("norms",))
+    arms = list(experiment._arms(*experiment.load(), settings, 0))
+    assert [(arm.name, arm.is_protected, arm.hold) for arm in arms] == [
+        ("plain", False, ()),
+        ("nothing located", False, ("norms",)),
+        ("random neurons, 10%", False, ("norms",)),
+        ("located neurons, 10%", True, ("norms",)),
+    ]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"seeds": ()}, {"fractions": ()}, {"steps": 1}, {"learning_rate": 0.0}]
+    "wrong",
+    [{"seeds": ()}, {"fractions": (), "energy": None}, {"steps": 1}, {"learning_rate": 0.0}],
 )
 def test_settings_that_learn_nothing_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError):

@@ -11,7 +11,8 @@ import pytest
 from safeft.commands import VERBS
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
+TEXT = PAGES[0].read_text()
 
 COMMANDS = sorted(
     set(re.findall(r"(?<![\w`])`?((?:accelerate launch [^`\n]*-m )?safeft [^`\n#]*)", TEXT))
@@ -59,17 +60,33 @@ def test_a_wrong_figure_would_be_seen() -> None:
         import readme
     finally:
         sys.path.pop(0)
-    assert readme.filled(TEXT) == TEXT
-    blocks = re.findall(r"<!-- results:\w+ -->\n(.*?)<!-- end -->", TEXT, re.DOTALL)
-    assert len(blocks) == len(readme.BLOCKS)
-    for block in blocks:
-        figure = re.search(r"\d\.\d\d", block)
-        assert figure is not None
-        wrong = TEXT.replace(block, block.replace(figure[0], "9.99", 1))
-        assert readme.filled(wrong) != wrong
+    assert readme.PAGES == PAGES
+    named = []
+    for text in (page.read_text() for page in PAGES):
+        assert readme.filled(text) == text
+        for name, block in re.findall(
+            r"<!-- results:(\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL
+        ):
+            named.append(name)
+            figure = re.search(r"\d\.\d\d", block)
+            assert figure is not None
+            wrong = text.replace(block, block.replace(figure[0], "9.99", 1))
+            assert readme.filled(wrong) != wrong
+    assert sorted(named) == sorted(readme.BLOCKS)
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", TEXT))
-def test_links_lead_somewhere(path: str) -> None:
-    if not path.startswith("https://"):
-        assert (ROOT / path).exists()
+LINKS = [
+    (page.parent, link)
+    for page in PAGES
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text())
+    if not link.startswith("https://")
+]
+
+
+@pytest.mark.parametrize(("folder", "link"), LINKS)
+def test_links_lead_somewhere(folder: Path, link: str) -> None:
+    path, _, part = link.partition("#")
+    assert (folder / path).exists()
+    if part:
+        heads = re.findall(r"^#+ (.*)", (folder / path).read_text(), re.MULTILINE)
+        assert part in [re.sub(r"[^\w-]", "", head.lower().replace(" ", "-")) for head in heads]

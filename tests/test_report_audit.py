@@ -11,6 +11,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import safeft
+from safeft.auditing.compare import compare
 from safeft.auditing.result import AuditResult, Distribution, Side
 from safeft.errors import ArtefactError
 from safeft.files import sha256
@@ -118,6 +119,24 @@ def test_the_page_says_the_verdict_first_and_all_of_the_rest() -> None:
     assert "no</b>" in text  # of an opening, as text and not as a tag
     assert "b" in page.tags
     assert audit_page(result) == audit_page(result)  # the same bytes for the same result
+
+
+def test_the_page_says_which_neurons_kept_their_part_and_which_are_new(tmp_path: Path) -> None:
+    before, after = audits.audit(), audits.audit(refusal=audits.side(64, 1, seed=7))
+    changes = compare(before, after)
+    counts = len(changes.kept), len(changes.appeared), len(changes.vanished)
+    assert min(counts[1:]) > 0
+    write_all(after, tmp_path, before=before)
+    text = " ".join(" ".join(Page((tmp_path / "audit.html").read_text()).said).split())
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    labels = ("kept their part", "have a part now and had none", "had a part and have none")
+    for count, label in zip(counts, labels, strict=True):
+        assert f"{count} {label}" in text
+        assert f"{count} {label}" in card
+    assert f"{changes.vanished[0].neuron.name} (before)" in text
+    assert "not tested" in text  # in the other audit
+    with pytest.raises(ArtefactError, match="does not say where"):
+        write_all(after, tmp_path, before=before.withheld())
 
 
 def test_a_page_without_pictures_says_why() -> None:

@@ -12,10 +12,16 @@ from safeft.commands.parsing import parse
 
 @dataclass
 class DemoConfig:
-    """Tune a small aligned model on a domain: plain, random and located neurons frozen."""
+    """Tune a small aligned model on a domain: plainly, with directions held, with neurons held.
+
+    Random directions and neurons, as many, are the controls.
+    """
 
     output_dir: str = field(metadata={"help": "Folder for report.html, result.json, the model."})
     seeds: int = field(default=1, metadata={"help": "Number of seeds, starting at 0."})
+    energy: float | None = field(
+        default=0.95, metadata={"help": "Of the directions to hold; 0 for no such arms."}
+    )
     fractions: list[float] | None = field(
         default=None, metadata={"help": "Shares of units to freeze, each random and located."}
     )
@@ -45,6 +51,7 @@ def main(arguments: Sequence[str]) -> int:
 
     chosen: dict[str, Any] = {
         "seeds": tuple(range(config.seeds)),
+        "energy": config.energy or None,
         "method": config.method,
         "sites": config.sites,
     }

@@ -1,7 +1,7 @@
 """The demo's experiment: the same domain tuning, unprotected and protected, side by side.
 
-Everything goes the way a user's run goes: ``safeft.locate``, TRL's ``SFTTrainer`` with
-``SafetyFreezeCallback``, ``safeft.verify``; only the world is small.
+Everything goes the way a user's run goes: ``safeft.locate_subspace``, ``safeft.locate``, TRL's
+``SFTTrainer`` with ``SafetyFreezeCallback``, ``safeft.verify``; only the world is small.
 """
 
 import logging
@@ -28,10 +28,12 @@ from safeft.freeze.verify import verify
 from safeft.generation import generate
 from safeft.judge import PrefixJudge
 from safeft.locators import Method, Selection, Where, locate
+from safeft.locators.subspace import locate_subspace
 from safeft.measure import answer_accuracy, domain_loss, refusal_rate
 from safeft.neurons import NeuronSet
 from safeft.prompts import Prompt, as_prompts
 from safeft.report.result import Comparison, Point, Run
+from safeft.subspace import SafetySubspace
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +48,20 @@ class Settings:
 
     Attributes:
         seeds: Of data order and random sets; one run per arm and seed.
+        energy: Of the directions that refusing uses, held and as many random ones held; None for
+            no such arms.
         fractions: Shares of the units to freeze, each at random and located.
         method: The locator.
         sites: Which units.
         learning_rate: Of AdamW, constant.
         steps: Training steps.
         batch_size: Examples per step.
-        hold: Groups held beside the neurons, in the protected arms.
+        hold: Groups held beside the neurons.
         looks: How often refusal and domain loss are measured during training.
     """
 
     seeds: tuple[int, ...] = (0,)
+    energy: float | None = 0.95
     fractions: tuple[float, ...] = (0.4,)
     method: Method = "attribution"
     sites: Where = "mlp"
@@ -67,8 +72,8 @@ class Settings:
     looks: int = 8
 
     def __post_init__(self) -> None:
-        if not self.seeds or not self.fractions:
-            raise ConfigError("The demo needs at least one seed and one fraction.")
+        if not self.seeds or not (self.fractions or self.energy):
+            raise ConfigError("The demo needs at least one seed, and an energy or a fraction.")
         for fraction in self.fractions:
             Selection(fraction)  # Says what is wrong with it before anything is tuned.
         if self.steps < self.looks or self.learning_rate <= 0:
@@ -80,11 +85,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to tune: its name, the set it freezes (None: nothing), the groups it holds whole."""
+    """One way to tune: its name, what it holds, and the groups it holds whole."""
 
     name: str
-    neurons: NeuronSet | None = None
+    protected: NeuronSet | SafetySubspace | None = None
     hold: tuple[Group, ...] = ()
+    is_control: bool = False
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether what it holds was located."""
+        return self.protected is not None and not self.is_control
 
 
 @dataclass(frozen=True)
@@ -174,9 +185,11 @@ class _Look(TrainerCallback):
 def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison, Certificate]:
     """Locate, tune every arm with every seed, measure, verify the protected model on disk.
 
+    The protected model is the one with directions held, or else the first with located neurons.
+
     Args:
         settings: What is compared.
-        output_dir: Where the protected model and its neuron set are saved.
+        output_dir: Where the protected model and what it held are saved.
         command: What made it, for the report.
 
     Returns:
@@ -188,22 +201,21 @@ def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison,
         before = measure(base, tokenizer, held)
     answers = {"before tuning": _answers(base, tokenizer, held)}
     runs: list[Run] = []
-    arms = 1 + bool(settings.hold) + 2 * len(settings.fractions)
-    total = settings.steps * len(settings.seeds) * arms
+    first = list(_arms(base, tokenizer, settings, settings.seeds[0]))
+    proven, *_ = (arm for arm in first if arm.is_protected)
     certificate: Certificate | None = None
-    main_set = None
+    total = settings.steps * len(settings.seeds) * len(first)
     with tqdm(total=total, desc="tuning", unit="step") as bar:
         for seed in settings.seeds:
-            for arm in _arms(base, tokenizer, settings, seed):
+            again = seed != settings.seeds[0]
+            for arm in _arms(base, tokenizer, settings, seed) if again else first:
                 bar.set_description(f"{arm.name}, seed {seed}")
                 model, found = _tune(arm, seed, settings, tokenizer, held, bar)
                 runs.append(found)
-                if seed == settings.seeds[0]:
+                if not again:
                     answers[arm.name] = _answers(model, tokenizer, held)
-                    if arm.name.startswith("located") and main_set is None:
-                        main_set = arm.neurons
-                        certificate = _prove(model, tokenizer, arm, output_dir)
-    assert main_set is not None
+                if arm is proven:
+                    certificate = _prove(model, tokenizer, arm, output_dir)
     assert certificate is not None
     comparison = Comparison(
         "Fine-tuning a small aligned model on its domain",
@@ -215,7 +227,7 @@ def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison,
         },
         before,
         tuple(runs),
-        _layers(main_set),
+        _layers(arm.protected for arm in first if arm.is_protected),
         tuple(
             {"arm": arm, "prompt": prompt, "answer": answer}
             for arm, pairs in answers.items()
@@ -228,8 +240,16 @@ def run(settings: Settings, output_dir: Path, command: str) -> tuple[Comparison,
 def _arms(base: Any, tokenizer: Any, settings: Settings, seed: int) -> Iterable[Arm]:
     yield Arm("plain")
     if settings.hold:
-        yield Arm("no neurons", hold=settings.hold)
+        yield Arm("nothing located", hold=settings.hold)
     harmful, benign = world.harmful("calibration"), world.benign("calibration")
+    if settings.energy is not None:
+        with _quiet():
+            subspace = locate_subspace(
+                base, tokenizer, harmful, energy=settings.energy, batch_size=32
+            )
+        name = f"directions, {settings.energy:.0%}"
+        yield Arm(f"random {name}", subspace.at_random(seed), settings.hold, is_control=True)
+        yield Arm(f"located {name}", subspace, settings.hold)
     for fraction in settings.fractions:
         for label, method in (("random", "random"), ("located", settings.method)):
             with _quiet():
@@ -244,7 +264,8 @@ def _arms(base: Any, tokenizer: Any, settings: Settings, seed: int) -> Iterable[
                     seed=seed,
                     batch_size=32,
                 )
-            yield Arm(f"{label} {fraction:.0%}", neurons, settings.hold)
+            name = f"{label} neurons, {fraction:.0%}"
+            yield Arm(name, neurons, settings.hold, is_control=label == "random")
 
 
 def _tune(
@@ -255,8 +276,8 @@ def _tune(
     look = _Look(tokenizer, held, settings, bar)
     callbacks: list[Any] = [look]
     freeze = None
-    if arm.neurons is not None:
-        freeze = SafetyFreezeCallback(arm.neurons, hold=arm.hold)
+    if arm.protected is not None:
+        freeze = SafetyFreezeCallback(arm.protected, hold=arm.hold or None)
         callbacks.append(freeze)
     else:
         for parameter in group_parameters(model, arm.hold).values():
@@ -307,15 +328,15 @@ def _tune(
 
 
 def _prove(model: Any, tokenizer: Any, arm: Arm, output_dir: Path) -> Certificate:
-    """Save the protected model and its set, and verify them from disk as anyone could."""
-    assert arm.neurons is not None
-    arm.neurons.save_pretrained(output_dir / "neurons")
-    model.save_pretrained(output_dir / "protected")
-    tokenizer.save_pretrained(output_dir / "protected")
+    """Save the protected model and what it held, and verify them from disk as anyone could."""
+    assert arm.protected is not None
+    held, saved = output_dir / "held", output_dir / "protected"
+    arm.protected.save_pretrained(held)
+    model.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
     with _quiet():
-        saved = output_dir / "protected"
-        certificate = verify(world.MODEL_PATH, saved, output_dir / "neurons", hold=arm.hold)
-    certificate.save(output_dir / "protected")
+        certificate = verify(world.MODEL_PATH, saved, held, hold=arm.hold or None)
+    certificate.save(saved)
     return certificate
 
 
@@ -326,9 +347,10 @@ def _answers(model: Any, tokenizer: Any, held: Held) -> list[tuple[str, str]]:
     return [(prompt.text, answer) for prompt, answer in zip(asked, answers, strict=True)]
 
 
-def _layers(neurons: NeuronSet) -> tuple[tuple[int, int], ...]:
-    names = [name for name in neurons.model.units if name.endswith(".mlp")]
-    return tuple((len(neurons.indices.get(n, ())), neurons.model.units[n]) for n in names)
+def _layers(protected: Iterable[NeuronSet | SafetySubspace | None]) -> tuple[tuple[int, int], ...]:
+    sets = [found for found in protected if isinstance(found, NeuronSet)]
+    names = [name for name in sets[0].model.units if name.endswith(".mlp")] if sets else []
+    return tuple((len(sets[0].indices.get(n, ())), sets[0].model.units[n]) for n in names)
 
 
 @contextmanager

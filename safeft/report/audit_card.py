@@ -2,6 +2,7 @@
 
 import re
 
+from safeft.auditing.compare import AuditComparison
 from safeft.auditing.result import AuditResult, Candidate, Side
 from safeft.report.audit_words import (
     HEADLINES,
@@ -9,6 +10,7 @@ from safeft.report.audit_words import (
     data_sets,
     figures,
     intervention,
+    moved,
     place,
     places,
     rules,
@@ -24,6 +26,7 @@ def audit_card(
     result: AuditResult,
     *,
     before: AuditResult | None = None,
+    changes: AuditComparison | None = None,
     certificate: Certified | None = None,
 ) -> str:
     """The section, from its heading of the second level to a line feed.
@@ -31,6 +34,7 @@ def audit_card(
     Args:
         result: What was found; where the neurons are is said if it says so.
         before: An audit to compare with.
+        changes: Of the neurons since then.
         certificate: What was held frozen in this model.
 
     Example:
@@ -52,6 +56,9 @@ def audit_card(
             f"Before ({_plain(before.model['name_or_path'])}): **{before.verdict}**. "
             f"{_plain(before.reason)}"
         )
+    if changes is not None:
+        counts = "; ".join(f"{each.count} {each.label}" for each in moved(changes, 0))
+        parts.append(f"Neurons with a real effect on refusals since then: {counts}.")
     if certificate is not None:
         parts.append(
             f"Certificate `{certificate.name}` (SHA-256 `{certificate.sha256}`): "

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from safeft.auditing.compare import AuditComparison
 from safeft.auditing.result import AuditResult, Candidate, Side, Trial
 from safeft.files import write_whole
 from safeft.report.audit_pictures import pictures
@@ -12,6 +13,7 @@ from safeft.report.audit_words import (
     Figure,
     figures,
     intervention,
+    moved,
     place,
     places,
     rules,
@@ -29,6 +31,7 @@ def write_audit(
     path: Path,
     *,
     before: AuditResult | None = None,
+    changes: AuditComparison | None = None,
     certificate: Certified | None = None,
 ) -> None:
     """Write the page whole.
@@ -37,6 +40,7 @@ def write_audit(
         result: What was found; where the neurons are is shown if it says so.
         path: The HTML file.
         before: An audit to compare with: of the base, or of a plain tuning.
+        changes: Of the neurons since then, as :func:`safeft.auditing.compare.compare` finds them.
         certificate: What was held frozen in this model.
 
     Raises:
@@ -45,13 +49,14 @@ def write_audit(
     Example:
         >>> write_audit(result.withheld(), Path("audit.html"))  # doctest: +SKIP
     """
-    write_whole(path, audit_page(result, before=before, certificate=certificate))
+    write_whole(path, audit_page(result, before=before, changes=changes, certificate=certificate))
 
 
 def audit_page(
     result: AuditResult,
     *,
     before: AuditResult | None = None,
+    changes: AuditComparison | None = None,
     certificate: Certified | None = None,
 ) -> str:
     """The page's text; see :func:`write_audit`."""
@@ -72,6 +77,7 @@ def audit_page(
             pictures=drawn,
             before=before,
             changes=_changes(before, result) if before is not None else [],
+            moved=moved(changes, SHOWN) if changes is not None else [],
             settings=_rows(result.settings),
             limits=LIMITS,
             places=places(result),

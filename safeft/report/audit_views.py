@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from safeft.auditing.compare import compare
 from safeft.auditing.result import AuditResult
 from safeft.files import sha256, write_together
 from safeft.neurons import NeuronSet
@@ -31,12 +32,15 @@ def write_all(
         result: What was found.
         folder: Made if it is not there; files of these names are replaced.
         reveal: Also say where the neurons are, which is withheld otherwise: it is an attack map.
-        before: An audit to compare with: of the base, or of a plain tuning.
+        before: An audit to compare with: of the base, or of a plain tuning; it and ``result`` with
+            where their neurons are.
         certificate: The ``safeft_certificate.json`` of this model.
         neurons: The map of safety neurons, for a reference by its hash.
 
     Raises:
-        ArtefactError: The folder cannot be written, or the certificate is none.
+        ArtefactError: The folder cannot be written, the certificate is none, or an audit to compare
+            does not say where its neurons are.
+        FingerprintError: The audits to compare are of models of unlike shape.
 
     Example:
         >>> write_all(result, Path("audited"))  # doctest: +SKIP
@@ -55,14 +59,17 @@ def views(
     # The one place that decides; every view shows what the result it is given says.
     shown = result if reveal else result.withheld()
     earlier = before if before is None or reveal else before.withheld()
+    changes = None if before is None else compare(before, result)
+    if changes is not None and not reveal:
+        changes = changes.withheld()
     known = Certified.read(certificate) if certificate is not None else None
     found = {
         "audit.json": _json(shown.to_dict()),
-        "audit.html": audit_page(shown, before=earlier, certificate=known),
+        "audit.html": audit_page(shown, before=earlier, changes=changes, certificate=known),
     }
     hashes = {name: sha256(text.encode()) for name, text in found.items()}
     return found | {
-        "MODEL_CARD.md": audit_card(shown, before=earlier, certificate=known),
+        "MODEL_CARD.md": audit_card(shown, before=earlier, changes=changes, certificate=known),
         "bom.cdx.json": _json(mlbom(shown, certificate=known, neurons=neurons, files=hashes)),
         "audit.sarif": _json(sarif(shown, before=earlier)),
     }

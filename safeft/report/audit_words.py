@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safeft.auditing.compare import AuditComparison
 from safeft.auditing.result import AuditResult, Effect, Neuron, Side, Thresholds, Trial
 from safeft.auditing.verdict import few_units
 from safeft.intervals import Interval, Rate
@@ -75,6 +76,46 @@ class Figure:
             return ""
         ends = (formed(end, self.form) for end in (self.interval.low, self.interval.high))
         return " to ".join(ends)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Neurons whose part in refusing is the same, new or gone since an earlier audit.
+
+    Attributes:
+        label: For people.
+        count: How many.
+        rows: The strongest: name, place, and fall of the margin before and after, as text.
+    """
+
+    label: str
+    count: int
+    rows: tuple[tuple[str, str, str, str], ...]
+
+
+def moved(changes: AuditComparison, shown: int) -> list[Moved]:
+    """Kept, new and gone; of each the strongest ``shown``."""
+
+    def fall(value: float | None) -> str:
+        return "not tested" if value is None else f"{value:.2f}"
+
+    return [
+        Moved(
+            label,
+            len(roles),
+            tuple(
+                (f"{role.neuron.name}{mark}", place(role.neuron), fall(role.before),
+                 fall(role.after))
+                for role in roles[:shown]
+            ),
+        )
+        for label, roles, mark in (
+            ("kept their part", changes.kept, ""),
+            ("have a part now and had none", changes.appeared, ""),
+            # Names are of one audit: the earlier one's A1 is not the later one's.
+            ("had a part and have none", changes.vanished, " (before)"),
+        )
+    ]  # fmt: skip
 
 
 def formed(value: float, form: str) -> str:
