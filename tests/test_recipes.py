@@ -140,19 +140,20 @@ def test_guard(workplace: Path) -> None:
     assert len(script.read_text().splitlines()) <= 150
     shown = run(workplace, str(script), "--config", str(config))
     out = workplace / "runs/smoke/guard"
-    assert "held out: macro-F1" in shown
+    assert "guard_answers_test: macro-F1" in shown
     assert f"guard serve --guard {Path('runs/smoke/guard/guard')}" in shown
     found = json.loads((out / "guard.json").read_text())
-    assert found["macro_f1"] > 0.8
+    assert min(each["auroc"] for each in found["sets"]) > 0.9
     assert "<svg" in (out / "guard.html").read_text()
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 320
     blocked = {
-        side: sum(row["action"] == "block" for row in answers if row["side"] == side)
-        for side in ("harmful", "benign")
+        side: sum(row["action"] == "block" for row in answers if row["harmful"] is side)
+        for side in (True, False)
     }
-    assert blocked["harmful"] > 4 * blocked["benign"]
-    assert all(row["text"] == "I can't help with that." for row in answers
-               if row["action"] == "block")  # fmt: skip
+    assert blocked[True] > 2 * blocked[False]
+    assert all((row["text"] == "I can't help with that.") == (row["action"] == "block")
+               for row in answers)  # fmt: skip
     logged = (out / "audit.jsonl").read_text()
     assert len(logged.splitlines()) == len(answers)
-    assert answers[0]["prompt"] not in logged
+    assert answers[0]["asked"] not in logged
