@@ -6,10 +6,10 @@ import pytest
 from transformers.generation.streamers import BaseStreamer
 
 from safeft.errors import ArtefactError, ConfigError, PromptError
-from safeft.guard import GuardedGeneration, Policy
+from safeft.guard import GuardedGeneration, GuardFitter, Policy
 from safeft.guard.generation import Event, marker_tokens
 from safeft.guard.log import AuditLog
-from tests.guards import chat_guard
+from tests.guards import chat_guard, texts
 from tests.models import tiny_tokenizer
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
@@ -42,6 +42,20 @@ def test_what_is_not_blocked_is_what_the_model_says() -> None:
         assert answer.text == answer.written != "No."
         assert len(answer.scores) == 23
         assert answer.events == ()
+
+
+def test_a_guard_of_prompts_alone_says_so_before_it_judges_answers(caplog: Any) -> None:
+    guarded(Policy.of(prompt={"block": 0.9}))
+    assert not caplog.records
+    guarded(Policy.of(answer={"block": 0.9}))
+    assert "fitted on prompts alone" in caplog.text
+    caplog.clear()
+    asked, harmful = texts()
+    chats = [{"prompt": "Say", "response": text} for text in asked]
+    fitter = GuardFitter(chat_guard().model, chat_guard().tokenizer)
+    fitter.update(chats, harmful)
+    GuardedGeneration(fitter.fit(search=1, members=2), Policy.of(answer={"block": 0.9}))
+    assert "fitted on prompts alone" not in caplog.text
 
 
 def test_a_blocked_answer_is_replaced_or_cut_at_the_token() -> None:

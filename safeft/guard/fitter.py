@@ -106,7 +106,7 @@ class GuardFitter:
         self._store = FeatureStore(cache, owner, sum(place.width for place in self._places))
         self._texts: dict[int, _Text] = {}
         self._contradicted: set[int] = set()
-        self._repeated = self._cut = 0
+        self._repeated = self._cut = self._answers = 0
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -158,6 +158,7 @@ class GuardFitter:
         for number in new.values():
             parts = windows(self._tokenizer, prompts[number], length, chat, template)
             self._cut += len(parts) > 1
+            self._answers += prompts[number].response is not None
             first.append(parts[0])
         rows = fill(
             self._store, self._model, self._tokenizer, self._places, first, self._batch_size
@@ -235,6 +236,7 @@ class GuardFitter:
             "repeated": self._repeated,
             "contradicted": len(self._contradicted),
             "cut": self._cut,
+            "answers": self._answers,
             "network": about,
             "validation": {
                 "macro_f1": float(mean_f1(torch.logit(scores)[:, None], harmful[held], by)),

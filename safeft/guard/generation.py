@@ -1,5 +1,6 @@
 """Answers under a policy: warned of, kept for review, or stopped and replaced while written."""
 
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from safeft.guard.policy import ACTIONS, Action, Policy, severest
 from safeft.guard.reading import Example, Phase, as_examples, check_writes
 from safeft.guard.stream import GuardStream
 from safeft.prompts import input_device, pad_token, row_of, tokenizer_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class GuardedGeneration:
             raise ConfigError(
                 "The policy sends exchanges to review, and no `review` log is given: nobody would "
                 "see them. Give one, or use `warn`."
+            )
+        if {"answer", "reasoning"} & set(policy.bands) and guard.head.source.get("answers") == 0:
+            logger.warning(
+                "the guard was fitted on prompts alone, and the policy acts on answers too: what "
+                "it says of these is a guess. Fit it on answers of both kinds as well."
             )
         self._guard, self._policy, self._log, self._review = guard, policy, log, review
         self._on_event, self._every = on_event, every
