@@ -6,6 +6,7 @@ import torch
 
 from safeft.errors import ConfigError, PromptError, SelectionError
 from safeft.guard import GuardFitter, pooling
+from safeft.guard import fitter as fitter_module
 from safeft.guard.fitter import LEAST
 from tests.guards import BAD, GOOD, chat_guard, encoder_guard, texts, tiny_encoder
 from tests.models import tiny_model, tiny_tokenizer
@@ -51,6 +52,25 @@ def test_activations_are_kept_between_runs(tmp_path: Path, monkeypatch: pytest.M
     other = GuardFitter(tiny_encoder(seed=1), tiny_tokenizer(chat_template=None), cache=tmp_path)
     with pytest.raises(TypeError):
         other.update(*texts())
+
+
+def test_sources_and_both_their_labels_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+    found = fitter_module.probe_path
+
+    def watched(*args: Any, counts: torch.Tensor) -> Any:
+        given.append(counts)
+        return found(*args, counts=counts)
+
+    monkeypatch.setattr(fitter_module, "probe_path", watched)
+    each = fitter()
+    each.update(*texts(40), source="small")
+    asked, harmful = texts(120, start=500)
+    kept = [n for n in range(120) if not harmful[n] or n < 40]
+    each.update([asked[n] for n in kept], [harmful[n] for n in kept], source="large")
+    each.fit(**QUICK)
+    share = 1 / torch.tensor([60.0, 20.0])  # harmless ones of the large source; all others
+    torch.testing.assert_close(given[0].unique(), share * 30)  # 120 texts of 4 kinds
 
 
 @pytest.mark.parametrize("label", [True, False])
