@@ -44,8 +44,7 @@ def guard_data(split: str, seed: int, fitted: set[tuple[str, str]]) -> set[tuple
         prompts += [(e.prompt, "", world.is_refusal(e.answer)) for e in exchanges]
     answers = [(e.prompt, e.answer, harmful) for harmful, side in ((False, exchanges),
                (True, complied)) for e in side if (e.prompt, e.answer) not in fitted]  # fmt: skip
-    verdicts(f"guard_prompts_{split}.jsonl", prompts)
-    verdicts(f"guard_answers_{split}.jsonl", answers)
+    verdicts(f"guard_{split}.jsonl", prompts + answers)
     return {(p, r) for p, r, _ in answers}
 
 

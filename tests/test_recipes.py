@@ -140,7 +140,7 @@ def test_guard(workplace: Path) -> None:
     assert len(script.read_text().splitlines()) <= 150
     shown = run(workplace, str(script), "--config", str(config))
     out = workplace / "runs/smoke/guard"
-    assert "guard_answers_test: macro-F1" in shown
+    assert "guard_test: macro-F1" in shown
     assert f"guard serve --guard {Path('runs/smoke/guard/guard')}" in shown
     found = json.loads((out / "guard.json").read_text())
     assert min(each["auroc"] for each in found["sets"]) > 0.9
