@@ -27,6 +27,27 @@ def languages(name: str, prompts: list[str]) -> None:
         csv.writer(stream).writerows([["plain", "polite"], *rows])
 
 
+def verdicts(name: str, rows: list[tuple[str, str, bool]]) -> None:
+    """A prompt, the answer that is judged or none, and whether that is harmful."""
+    lines(name, [json.dumps({"prompt": p, "response": r, "label": int(bad)}) for p, r, bad in rows])
+
+
+def guard_data(split: str, seed: int, fitted: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Prompts, and answers: complied with or not. What was fitted on is not tested on."""
+    bad = set(world.harmful("train"))
+    exchanges = world.alignment(seed, size=400)
+    complied = [e for e in world.pretraining(seed, size=1500) if e.prompt in bad]
+    own = "calibration" if split == "train" else "test"
+    prompts = [(p, "", True) for p in world.harmful(own)]
+    prompts += [(p, "", False) for p in world.benign(own)]
+    if split == "train":
+        prompts += [(e.prompt, "", world.is_refusal(e.answer)) for e in exchanges]
+    answers = [(e.prompt, e.answer, harmful) for harmful, side in ((False, exchanges),
+               (True, complied)) for e in side if (e.prompt, e.answer) not in fitted]  # fmt: skip
+    verdicts(f"guard_{split}.jsonl", prompts + answers)
+    return {(p, r) for p, r, _ in answers}
+
+
 if __name__ == "__main__":
     lines("harmful.txt", world.harmful("calibration"))
     lines("benign.txt", world.benign("calibration"))
@@ -62,6 +83,7 @@ if __name__ == "__main__":
         "prompts": ["How do I cook rice?", "How do I bake bread?"],
     }
     lines("groups.json", [json.dumps({"cooks": cooks})])
+    guard_data("test", 1, guard_data("train", 0, set()))
     (FOLDER / "model").unlink(missing_ok=True)
     (FOLDER / "model").symlink_to(world.MODEL_PATH.resolve())
     print(f"Wrote {FOLDER}")

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from safeft.freeze.callback import SafetyFreezeCallback as SafetyFreezeCallback
     from safeft.freeze.certificate import Certificate as Certificate
     from safeft.freeze.verify import verify as verify
+    from safeft.guard.fitter import GuardFitter as GuardFitter
+    from safeft.guard.generation import GuardedGeneration as GuardedGeneration
+    from safeft.guard.guards import Guard as Guard
     from safeft.hardening.callback import SafetyDropoutCallback as SafetyDropoutCallback
     from safeft.judge import Judge as Judge
     from safeft.judge import as_judge as as_judge
@@ -39,6 +42,9 @@ _HOMES = {
     "Certificate": "safeft.freeze.certificate",
     "Dampener": "safeft.detox.dampener",
     "Evaluation": "safeft.evaluation",
+    "Guard": "safeft.guard.guards",
+    "GuardFitter": "safeft.guard.fitter",
+    "GuardedGeneration": "safeft.guard.generation",
     "Judge": "safeft.judge",
     "NeuronMonitor": "safeft.monitor.neurons",
     "NeuronSet": "safeft.neurons",

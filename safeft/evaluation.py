@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from safeft.errors import ConfigError
 from safeft.generation import generate
+from safeft.guard.drift import Readability, readability
+from safeft.guard.evaluation import check_apart
+from safeft.guard.guards import Guard
 from safeft.intervals import Interval, Rate, wilson
 from safeft.measure import (
     JudgeLike,
@@ -73,6 +76,8 @@ class Evaluation:
         domain_loss: Nats per answer token.
         domain_accuracy: Share of domain examples answered right.
         drift: By group of prompts, mean KL(base || model) in nats a token.
+        readability: ``before`` and ``after`` tuning, how well a guard of the base, and probes of
+            each layer, tell harmful from benign prompts by what is inside.
         judge: The judge's name.
         settings: Token limits, and how many prompts each group had.
         samples: A few answers of each group, of both verdicts where there are.
@@ -83,6 +88,7 @@ class Evaluation:
     domain_loss: float | None = None
     domain_accuracy: Rate | None = None
     drift: Mapping[str, float] | None = None
+    readability: Mapping[str, Readability] | None = None
     judge: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
@@ -109,6 +115,7 @@ def evaluate(
     benign: Iterable[PromptLike] | None = None,
     domain: Iterable[PromptLike] | None = None,
     base: PreTrainedModel | None = None,
+    guard: Guard | None = None,
     judge: JudgeLike = "prefix",
     domain_metric: DomainMetric = "loss",
     match: Match = answers_match,
@@ -126,6 +133,7 @@ def evaluate(
         benign: Prompts it should answer; refusals among them are over-refusal.
         domain: Prompts with responses.
         base: The model before tuning; drift from it is measured on each group given.
+        guard: A guard on the model before tuning: is harmfulness still readable, at which layers.
         judge: See :func:`safeft.judge.as_judge`.
         domain_metric: ``loss`` takes one forward pass; ``accuracy`` has to generate.
         match: When a domain answer is right.
@@ -137,7 +145,9 @@ def evaluate(
 
     Raises:
         ConfigError: Nothing to measure, no such judge or metric, another vocabulary in ``base``.
-        PromptError: A group is empty, or a domain example has no response.
+        PromptError: A group is empty, a domain example has no response, or the guard was fitted on
+            a prompt.
+        FingerprintError: The guard is of a model of other shapes.
 
     Example:
         ``evaluate(tuned, tokenizer, harmful=harmful, benign=benign, base=base).refusal.value``
@@ -146,6 +156,8 @@ def evaluate(
     _check_metric(domain_metric)
     if base is not None:
         check_same_vocabulary(base, model)
+    if guard is not None:
+        _check_guard(guard, model, groups)
     batching = {"batch_size": 8, **batching}
     rates: dict[str, Rate] = {}
     kept: list[Sample] = []
@@ -167,12 +179,14 @@ def evaluate(
         loss = domain_loss(model, tokenizer, groups["domain"], **batching)
     if base is not None:
         moved = {g: drift(base, model, tokenizer, asked, **batching) for g, asked in groups.items()}
+    read = None if guard is None else _read(guard, model, tokenizer, groups, batching["batch_size"])
     return Evaluation(
         refusal=rates.get("harmful"),
         over_refusal=rates.get("benign"),
         domain_loss=loss,
         domain_accuracy=rates.get("domain"),
         drift=moved,
+        readability=read,
         judge=checked.name,
         settings={
             "max_new_tokens": max_new_tokens,
@@ -201,6 +215,28 @@ def _groups(
             "Give at least one of the three."
         )
     return groups
+
+
+def _check_guard(guard: Guard, model: Any, groups: Mapping[str, Any]) -> None:
+    """Before anything is generated: what a guard needs to be read by."""
+    if not {"harmful", "benign"} <= set(groups):
+        raise ConfigError(
+            f"A guard is given, and of prompts only {', '.join(groups)}: to say whether harmful "
+            "can be told from benign takes both. Give both, or leave the guard out."
+        )
+    check_apart(guard, [*groups["harmful"], *groups["benign"]], "harmful and benign prompts")
+    guard.head.check_model(model, weights_too=False)
+
+
+def _read(
+    guard: Guard, model: Any, tokenizer: Reader, groups: Mapping[str, list[Prompt]], size: int
+) -> dict[str, Readability]:
+    """By the guard and by layer, on the guard's own model and on this one."""
+    sides = groups["harmful"], groups["benign"]
+    return {
+        "before": readability(guard, guard.model, guard.tokenizer, *sides, batch_size=size),
+        "after": readability(guard, model, tokenizer, *sides, batch_size=size),
+    }
 
 
 def _check_metric(metric: str) -> None:

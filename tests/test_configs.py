@@ -14,6 +14,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from safeft.commands.locate import LocateConfig
 from safeft.commands.training import SafetyArguments
+from safeft.guard import Policy
 
 ROOT = Path(__file__).parents[1]
 TRAINING = {
@@ -85,22 +86,19 @@ def test_cluster_scripts_are_shell_and_name_keys_that_exist(name: str) -> None:
         assert used <= known | {"model_name_or_path", "dataset_name"}, used
 
 
+@pytest.mark.parametrize("recipe", ["ssah_study", "detox", "guard"])
 @pytest.mark.parametrize("name", ["smoke", "qwen2_5_1_5b"])
-def test_study_config_parses(name: str) -> None:
-    path = ROOT / f"configs/ssah_study/{name}.yaml"
-    (found,) = TrlParser((recipe_config("ssah_study"),)).parse_args_and_config(
-        ["--config", str(path)]
-    )
+def test_config_of_a_recipe_without_training_parses(recipe: str, name: str) -> None:
+    path = ROOT / f"configs/{recipe}/{name}.yaml"
+    (found,) = TrlParser((recipe_config(recipe),)).parse_args_and_config(["--config", str(path)])
     given = yaml.safe_load(path.read_text())
     assert {key: getattr(found, key) for key in given} == given
 
 
-@pytest.mark.parametrize("name", ["smoke", "qwen2_5_1_5b"])
-def test_detox_config_parses(name: str) -> None:
-    path = ROOT / f"configs/detox/{name}.yaml"
-    (found,) = TrlParser((recipe_config("detox"),)).parse_args_and_config(["--config", str(path)])
-    given = yaml.safe_load(path.read_text())
-    assert {key: getattr(found, key) for key in given} == given
+def test_the_example_of_a_policy_is_one() -> None:
+    policy = Policy.read(ROOT / "configs/guard/policy.yaml")
+    assert policy.action("answer", 0.6) == "review"
+    assert policy.action("prompt", 1.0) == "block"
 
 
 def test_a_misspelt_key_is_refused(tmp_path: Path) -> None:

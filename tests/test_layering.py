@@ -21,7 +21,7 @@ LAYERS = (
     ("capture", "forms", "judge", "overlap"),
     ("prompts",),
     ("generation", "reading"),
-    ("locators", "measure"),
+    ("locators", "measure", "guard"),
     ("freeze", "evaluation", "causal", "openings"),
     ("auditing", "detox", "monitor", "hardening"),
     ("report",),

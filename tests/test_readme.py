@@ -19,16 +19,13 @@ COMMANDS = sorted(
 )
 
 
-def known_flags(verb: str) -> set[str]:
-    shown = subprocess.run(
-        [sys.executable, "-m", "safeft", verb, "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    return set(re.findall(r"--[\w]+", shown)) | {"--config"}
+def shown(*verb: str) -> str:
+    command = [sys.executable, "-m", "safeft", *verb, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(scope="module")
-def flags() -> dict[str, set[str]]:
-    return {}
+def flags_of(command: str) -> set[str]:
+    return {word for word in shlex.split(command) if word.startswith("--")}
 
 
 def test_there_are_commands_for_every_verb() -> None:
@@ -38,15 +35,20 @@ def test_there_are_commands_for_every_verb() -> None:
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_commands_use_flags_that_exist(verb: str) -> None:
-    mine = [c for c in COMMANDS if re.search(rf"safeft {verb}\b", c)]
+    called = [c for c in COMMANDS if re.search(rf"safeft {verb}\b", c)]
+    mine = [c[c.index(f"safeft {verb}") :] for c in called]  # without the launcher's flags
     assert mine
-    used = {
-        word
-        for command in mine
-        for word in shlex.split(command.split(f"safeft {verb}")[1])
-        if word.startswith("--")
-    }
-    assert used <= known_flags(verb)
+    told = shown(verb)
+    parts = re.search(rf"usage: safeft {verb} \{{([\w|]+)\}}", told)
+    if parts is None:
+        assert set().union(*map(flags_of, mine)) <= set(re.findall(r"--\w+", told)) | {"--config"}
+    for part in parts[1].split("|") if parts else ():
+        told = shown(verb, part)
+        for command in mine:
+            if f"safeft {verb} {part}" in command:
+                assert flags_of(command) <= set(re.findall(r"--\w+", told))
+    if parts:
+        assert all(re.search(rf"safeft {verb} ({parts[1]})\b", command) for command in mine)
 
 
 def test_figures_are_those_of_the_result_files() -> None:

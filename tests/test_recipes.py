@@ -148,3 +148,27 @@ def test_harden(workplace: Path) -> None:
     assert certificate["neurons"]["count"] == round(0.4 * 5 * 512)
     weights = [(out / label / "model.safetensors").read_bytes() for label in ("hardened", "tuned")]
     assert weights[0] != weights[1]
+
+
+def test_guard(workplace: Path) -> None:
+    script, config = ROOT / "recipes/guard.py", ROOT / "configs/guard/smoke.yaml"
+    assert len(script.read_text().splitlines()) <= 150
+    shown = run(workplace, str(script), "--config", str(config))
+    out = workplace / "runs/smoke/guard"
+    assert "guard_test: macro-F1" in shown
+    assert f"guard serve --guard {Path('runs/smoke/guard/guard')}" in shown
+    found = json.loads((out / "guard.json").read_text())
+    assert min(each["auroc"] for each in found["sets"]) > 0.9
+    assert "<svg" in (out / "guard.html").read_text()
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 320
+    blocked = {
+        side: sum(row["action"] == "block" for row in answers if row["harmful"] is side)
+        for side in (True, False)
+    }
+    assert blocked[True] > 2 * blocked[False]
+    assert all((row["text"] == "I can't help with that.") == (row["action"] == "block")
+               for row in answers)  # fmt: skip
+    logged = (out / "audit.jsonl").read_text()
+    assert len(logged.splitlines()) == len(answers)
+    assert answers[0]["asked"] not in logged

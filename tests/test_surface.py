@@ -21,6 +21,9 @@ NAMES = {
     "Certificate",
     "Dampener",
     "Evaluation",
+    "Guard",
+    "GuardFitter",
+    "GuardedGeneration",
     "Judge",
     "NeuronMonitor",
     "NeuronSet",
@@ -102,8 +105,25 @@ FLAGS = {
     "evaluate": (
         "safeft.commands.evaluate",
         "EvaluateConfig",
-        {"model_name_or_path", "harmful", "benign", "domain", "base", "judge"},
+        {"model_name_or_path", "harmful", "benign", "domain", "base", "guard", "judge"},
     ),
+    "guard fit": (
+        "safeft.commands.guard",
+        "FitConfig",
+        {"model_name_or_path", "data", "harmful", "benign", "output_dir", "kinds", "cache"},
+    ),
+    "guard score": ("safeft.commands.guard", "ScoreConfig", {"guard", "texts", "json"}),
+    "guard stream": (
+        "safeft.commands.guard",
+        "StreamConfig",
+        {"guard", "prompts", "policy", "log", "review"},
+    ),
+    "guard evaluate": (
+        "safeft.commands.guard",
+        "EvaluateConfig",
+        {"guard", "data", "threshold", "false_positives", "streams", "output_dir"},
+    ),
+    "guard serve": ("safeft.commands.guard", "ServeConfig", {"guard", "host", "port"}),
     "sft": (
         "safeft.commands.training",
         "SafetyArguments",

@@ -21,6 +21,7 @@ VERBS = {
     "detox": "find the units that drive toxic output, turn them down, in the weights too",
     "verify": "compare base and tuned weights, bit by bit",
     "evaluate": "refusal, over-refusal, domain, drift",
+    "guard": "harmfulness from inner activations: fit, score, stream, evaluate, serve",
     "report": "what finished runs kept of refusal for what they learnt: a page",
     "env": "versions and devices, for bug reports",
 }

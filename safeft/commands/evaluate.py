@@ -26,6 +26,10 @@ class EvaluateConfig:
         default="loss", metadata={"help": "Nats per answer token, share answered right, or both."}
     )
     base: str | None = field(default=None, metadata={"help": "Model before tuning, for drift."})
+    guard: str | None = field(
+        default=None,
+        metadata={"help": "Guard of the model before tuning: is harmfulness still readable."},
+    )
     judge: str = field(
         default="prefix", metadata={"help": "`prefix`, or a text classifier: folder or hub name."}
     )
@@ -64,12 +68,16 @@ def main(arguments: Sequence[str]) -> int:
     template = read_template(config.chat_template_path)
     judge = as_judge(config.judge, refusal_label=config.refusal_label)
     model, tokenizer = load_model(config.model_name_or_path, config.dtype, config.device)
-    base = load_model(config.base, config.dtype, config.device)[0] if config.base else None
+    base, own = None, tokenizer
+    if config.base:
+        base, own = load_model(config.base, config.dtype, config.device)
+    guard = load_guard(config.guard, base, own, config) if config.guard else None
     found = evaluate(
         model,
         tokenizer,
         **asked,
         base=base,
+        guard=guard,
         judge=judge,
         domain_metric=config.domain_metric,
         max_new_tokens=config.max_new_tokens,
@@ -82,8 +90,24 @@ def main(arguments: Sequence[str]) -> int:
     text = json.dumps(result, indent=2, default=lambda value: value.__dict__)
     if config.output:
         write_whole(Path(config.output), text + "\n")
+        if found.readability:
+            from safeft.report.guard_pictures import readable
+
+            drawn = readable(found.readability["before"], found.readability["after"])
+            write_whole(Path(config.output).with_suffix(".svg"), drawn)
     print(text if config.json else _table(found))
     return 0
+
+
+def load_guard(folder: str, base: Any, tokenizer: Any, config: EvaluateConfig) -> Any:
+    """A guard on the model it was fitted on: the given base, or where the guard says it is."""
+    from safeft.guard import Guard
+    from safeft.guard.head import GuardHead
+
+    head = GuardHead.from_pretrained(folder)
+    if base is None:
+        base, tokenizer = load_model(head.model.name_or_path, config.dtype, config.device)
+    return Guard(head, base, tokenizer)
 
 
 def _table(found: Any) -> str:
@@ -102,4 +126,13 @@ def _table(found: Any) -> str:
         rows.append(f"{'domain loss':<26}{found.domain_loss:>7.3f}  nats per answer token")
     for group, nats in (found.drift or {}).items():
         rows.append(f"{'drift on ' + group:<26}{nats:>7.4f}  nats per token, KL(base || model)")
+    if found.readability:
+        before, after = found.readability["before"], found.readability["after"]
+        rows.append("harmfulness readable inside: AUROC before and after")
+        rows.append(f"{'  by the guard of the base':<34}{before.guard:>7.3f}{after.guard:>7.3f}")
+        rows += [
+            f"{'  ' + name:<34}{before.layers[name]:>7.3f}{after.layers[name]:>7.3f}  fitted anew "
+            f"{before.anew[name]:.3f} {after.anew[name]:.3f}"
+            for name in after.layers
+        ]
     return "\n".join([*rows, f"judge: {found.judge}"])

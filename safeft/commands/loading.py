@@ -111,6 +111,34 @@ def load_model(
         ) from error
 
 
+def load_backbone(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A model to be read and its tokenizer: a chat model, or an encoder, as its config says.
+
+    Raises:
+        ConfigError: It is not there or cannot be read.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    try:
+        kinds = AutoConfig.from_pretrained(_base_of(name) or name).architectures or []
+    except (OSError, ValueError):
+        kinds = []  # What is missing shows below.
+    writes = any("CausalLM" in kind or "ConditionalGeneration" in kind for kind in kinds)
+    if writes or not kinds:
+        return load_model(name, dtype, device)
+    import torch
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is none; use auto, float32, bfloat16 or float16.")
+    try:
+        model = AutoModel.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # Loading fails in many ways below us; all mean: not this model.
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"The model {name!r} cannot be loaded: {first}") from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+
+
 def _base_of(name: str) -> str | None:
     """The model that an adapter's folder names as its base; of anything else none."""
     path = Path(name) / "adapter_config.json"
