@@ -16,7 +16,9 @@ from tables import RESULTS, keeping, locating, running
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 BLOCKS = {
+    "advice": keeping.advice,
     "frontier": keeping.headline,
+    "poisoned": keeping.poisoned,
     "frontier_whole": keeping.whole,
     "demo": keeping.neurons_alone,
     "real": keeping.real,

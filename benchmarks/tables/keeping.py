@@ -52,19 +52,21 @@ def whole() -> str:
     return "\n\n".join(parts) + f"\n\n{frontiers()[0]['rule']}"
 
 
+POISONED = "frontier_demo_desk_10.json"
+
 _ADVICE = (
-    ("harmless domain data, all weights", "frontier_demo_desk_0.json", "full", "subspace"),
-    ("the same, LoRA, twice the steps", "frontier_demo_desk_0_long.json", "lora",
-     "subspace, 10% refusals"),
+    ("a made-up desk, all weights", "frontier_demo_desk_0.json", "full", "subspace"),
+    ("the same, LoRA", "frontier_demo_desk_0.json", "lora", "subspace, 10% refusals"),
     ("public text (GSM8K), all weights", "frontier_public_gsm8k_0.json", "full", "subspace"),
     ("the same, LoRA", "frontier_public_gsm8k_0.json", "lora", "subspace, 10% refusals"),
+    ("the desk, 10% harmful answers in it", POISONED, "full", "tightest subspace"),
 )  # fmt: skip
 """What is tuned on; and of which file, tuning and method the figures are."""
 
 
 def advice() -> str:
     """What to hold for which data, what it keeps and what it costs."""
-    heads = ["you tune on", "refused before", "after plain tuning", "hold", "then refused",
+    heads = ["tuned on", "refused before", "after plain tuning", "directions", "refused",
              "benign refused", "domain accuracy (plain)", "step time"]  # fmt: skip
     rows = []
     for label, name, tuning, method in _ADVICE:
@@ -81,7 +83,7 @@ def advice() -> str:
                 label,
                 f"{frontier.before_tuning(data)['refusal']:.2f}",
                 str(plain["refusal"]),
-                f"directions, energy {found[method]['value']:g}{mixed}",
+                f"energy {found[method]['value']:g}{mixed}",
                 str(ours["refusal"]),
                 f"{ours['over_refusal'].mean:.2f}",
                 f"{ours[accuracy].mean:.2f} ({plain[accuracy].mean:.2f})",
@@ -89,9 +91,6 @@ def advice() -> str:
             ]
         )
     return markdown(heads, rows)
-
-
-POISONED = "frontier_demo_desk_10.json"
 
 
 def poisoned() -> str:
