@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tables import RESULTS, keeping, locating, running
+from tables import RESULTS, auditing, keeping, locating, running
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -19,6 +19,8 @@ BLOCKS = {
     "advice": keeping.advice,
     "frontier": keeping.headline,
     "poisoned": keeping.poisoned,
+    "reinforced": keeping.reinforced,
+    "audit": auditing.audit,
     "frontier_whole": keeping.whole,
     "demo": keeping.neurons_alone,
     "real": keeping.real,

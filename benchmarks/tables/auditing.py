@@ -43,12 +43,10 @@ def _largest(each: Mapping[str, Any]) -> str:
 
 
 def _of_random(each: Mapping[str, Any]) -> str:
-    base = each["base"]["refusal"]
-    alone = [t for t in each["refusal"]["singles"] if t["names"][0].startswith("R")]
-    left = [trial["outcome"]["refusal"] for trial in alone]
-    whole = base["count"] / base["total"]
-    falls = [1 - (rate["count"] / rate["total"]) / whole for rate in left]
-    return f"{max(falls):.2f} ({len(falls)} judged)" if falls else "none judged"
+    """Of the neuron that takes most away: what random ones of its layer take, held alike."""
+    most = min(each["refusal"]["singles"], key=lambda trial: trial["outcome"]["refusal"]["count"])
+    falls = [1 - left for left in most["controls"]]
+    return f"{min(falls):.2f} to {max(falls):.2f} ({len(falls)} drawn)"
 
 
 def _number(key: str, form: str) -> Any:
@@ -65,7 +63,7 @@ _LINES: Mapping[str, Any] = {
         f"{each['refusal']['prompts']}, {each['units']:,}"
     ),
     "largest share of refusals that one neuron takes away": _largest,
-    "the same of random neurons of its layers": _of_random,
+    "random neurons of its layer, held alike": _of_random,
     "neurons together that take half of them": _number("smallest", "d"),
     "effective number of neurons": _number("effective", ".1f"),
     "Gini": _number("gini", ".2f"),
