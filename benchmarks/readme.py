@@ -21,6 +21,8 @@ BLOCKS = {
     "poisoned": keeping.poisoned,
     "reinforced": keeping.reinforced,
     "audit": auditing.audit,
+    "monitor": auditing.monitor,
+    "directions": running.directions,
     "frontier_whole": keeping.whole,
     "demo": keeping.neurons_alone,
     "real": keeping.real,
