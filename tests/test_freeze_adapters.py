@@ -60,7 +60,7 @@ def test_plain_lora_is_accepted(settings: Any) -> None:
             "IA3.*cannot be held exactly",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_cannot_be_exact_is_refused(config: Any, words: str) -> None:
     config.task_type = "CAUSAL_LM"
