@@ -21,6 +21,7 @@ BLOCKS = {
     "poisoned": keeping.poisoned,
     "reinforced": keeping.reinforced,
     "audit": auditing.audit,
+    "hardening": auditing.hardening,
     "monitor": auditing.monitor,
     "directions": running.directions,
     "frontier_whole": keeping.whole,
