@@ -32,7 +32,8 @@ def audit() -> str:
     apart = max(row["largest_difference"] for row in speed)
     parts.append(
         f"Neurons tested side by side in one batch, against one run a neuron: {faster}; margins "
-        f"differ by {apart:.0e} nats at most. `{found['demo']['command']}`"
+        f"differ by {apart:.0e} nats at most. `{found['demo']['command']}`, "
+        f"`{found['speed']['command']}`"
     )
     return "\n\n".join(parts)
 
