@@ -47,7 +47,11 @@ def generate(
 
     ``settings`` are those of :func:`generate_tokens`.
     """
-    answers = generate_tokens(model, tokenizer, prompts, **settings)
+    return decoded(tokenizer, generate_tokens(model, tokenizer, prompts, **settings))
+
+
+def decoded(tokenizer: Reader, answers: Sequence[list[int]]) -> list[str]:
+    """Answers as the text that a judge reads: no special tokens, no space around."""
     plain = tokenizer_of(tokenizer)
     return [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from safeft.auditing.edits import residual_directions
 from safeft.auditing.stressed import Level
 from safeft.causal.trials import Trials
+from safeft.generation import decoded
 from safeft.intervals import Rate
-from safeft.prompts import Prompt, tokenizer_of
+from safeft.prompts import Prompt
 
 _DIRECTIONS, _ASKED = 5, 32
 
@@ -47,8 +48,7 @@ class Subject:
 
     def served(self) -> list[Prompt]:
         """The benign prompts with the model's own answers."""
-        plain = tokenizer_of(self.trials.tokenizer)
-        texts = [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in self._own]
+        texts = decoded(self.trials.tokenizer, self._own)
         return [
             replace(prompt, response=text)
             for prompt, text in zip(self.trials.prompts["benign"], texts, strict=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel
 
 from safeft.causal.effect import Outcome
-from safeft.generation import generate_tokens
+from safeft.generation import decoded, generate_tokens
 from safeft.intervals import Rate
 from safeft.judge import Judge
 from safeft.locators.scores import Side
@@ -144,6 +144,5 @@ class Trials:
 
     def judged(self, side: Side, answers: Sequence[list[int]]) -> list[bool]:
         """Whether each answer refuses."""
-        plain = tokenizer_of(self.tokenizer)
-        texts = [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+        texts = decoded(self.tokenizer, answers)
         return self.judge([prompt.text for prompt in self.prompts[side]], texts)

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from safeft.batch import pad
 from safeft.errors import ConfigError
-from safeft.generation import evaluation_mode
+from safeft.generation import decoded, evaluation_mode
 from safeft.guard.guards import Guard
 from safeft.guard.log import AuditLog
 from safeft.guard.policy import ACTIONS, Action, Policy, severest
@@ -159,7 +159,7 @@ class GuardedGeneration:
             found = self._judged(prompted[number], scores[:count, number].tolist(), phases)
             if found[0] and found[0][-1].action == "block":
                 ids = ids[: len(found[2])]
-            text = str(plain.decode(ids, skip_special_tokens=True)).strip()
+            (text,) = decoded(guard.tokenizer, [ids])
             answers.append(self._done(found, text, prompt.text))
         return answers
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from safeft.errors import PromptError
-from safeft.generation import generate_tokens
+from safeft.generation import decoded, generate_tokens
 from safeft.judge import PrefixJudge, default_refusal_openings
 from safeft.prompts import Prompt, Reader, tokenizer_of
 
@@ -78,8 +78,8 @@ def refusal_openings(
             )
     else:
         replies = answers(harmful)
-        texts = [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in replies]
-        refused = PrefixJudge()([prompt.text for prompt in harmful[:sample]], texts)
+        asked = [prompt.text for prompt in harmful[:sample]]
+        refused = PrefixJudge()(asked, decoded(tokenizer, replies))
         refusals = [ids for ids, said_no in zip(replies, refused, strict=True) if said_no]
         if not refusals:
             refusals = _unlike([ids for ids in replies if ids], served)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from safeft.capture import Seen, tap
 from safeft.errors import PromptError
-from safeft.generation import generate_tokens
+from safeft.generation import decoded, generate_tokens
 from safeft.judge import Judge
 from safeft.locators.openings import RefusalOpenings
 from safeft.locators.scores import forward
@@ -21,7 +21,7 @@ from safeft.measure import evaluating
 from safeft.neurons import NeuronSet
 from safeft.openings import opening_margins, openings_of
 from safeft.processes import broadcast, from_first, rank, ranks, summed
-from safeft.prompts import Batch, Prompt, Reader, batches, input_device, tokenizer_of
+from safeft.prompts import Batch, Prompt, Reader, batches, input_device
 from safeft.shards import is_split
 from safeft.sites import find_sites
 
@@ -158,8 +158,7 @@ class Observer:
             **self._batching,
         )
         answers = from_first(answers)
-        plain = tokenizer_of(self._tokenizer)
-        texts = [str(plain.decode(ids, skip_special_tokens=True)).strip() for ids in answers]
+        texts = decoded(self._tokenizer, answers)
         if self.openings is None:
             self.openings = openings_of(self._prompts, answers, self._judge, self._tokenizer)
         if not self.openings:
