@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -41,6 +41,21 @@ class ModelFingerprint:
             layout_hash(sites, ModelWeights(plain)),
             {name: site.units for name, site in sites.items()},
         )
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Any]) -> Self:
+        """From what :meth:`to_dict` gave, out of a file: ValueError and the like where edited."""
+        units = {str(name): int(count) for name, count in saved["units"].items()}
+        return cls(str(saved["name_or_path"]), str(saved["type"]), str(saved["layout"]), units)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the ``base_model`` of an artefact's settings."""
+        return {
+            "name_or_path": self.name_or_path,
+            "type": self.model_type,
+            "layout": self.layout,
+            "units": dict(self.units),
+        }
 
 
 def layout_hash(sites: Mapping[str, Site], weights: Weights) -> str:

@@ -204,12 +204,7 @@ class NeuronSet:
         config = {
             "safeft": SCHEMA_VERSION,
             "kind": "NeuronSet",
-            "base_model": {
-                "name_or_path": self.model.name_or_path,
-                "type": self.model.model_type,
-                "layout": self.model.layout,
-                "units": dict(self.model.units),
-            },
+            "base_model": self.model.to_dict(),
             "source": dict(self.source),
             "count": len(self),
             "counts": {name: len(units) for name, units in self.indices.items()},
@@ -248,11 +243,7 @@ class NeuronSet:
                     "differs from config.json): truncated or edited. Locate again or restore it."
                 )
             tensors = load(data)
-            base = config["base_model"]
-            units = {str(name): int(count) for name, count in base["units"].items()}
-            fingerprint = ModelFingerprint(
-                str(base["name_or_path"]), str(base["type"]), str(base["layout"]), units
-            )
+            fingerprint = ModelFingerprint.read(config["base_model"])
             indices = {name: _numbers(tensors[f"{name}.indices"]) for name in config["counts"]}
             found = {name: _numbers(tensors[f"{name}.digests"]) for name in indices}
             counts = {name: len(numbers) for name, numbers in indices.items()}
@@ -277,7 +268,7 @@ class NeuronSet:
                     f"{str(folder)!r}: units of {name!r} are not sorted and unique."
                 )
             try:
-                _check_range(name, numbers, units.get(name, 0))
+                _check_range(name, numbers, fingerprint.units.get(name, 0))
             except SelectionError as error:
                 raise ArtefactError(f"{str(folder)!r}: {error}") from error
         return cls(indices, found, fingerprint, source)

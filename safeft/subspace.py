@@ -212,12 +212,7 @@ class SafetySubspace:
         config = {
             "safeft": SCHEMA_VERSION,
             "kind": "SafetySubspace",
-            "base_model": {
-                "name_or_path": self.model.name_or_path,
-                "type": self.model.model_type,
-                "layout": self.model.layout,
-                "units": dict(self.model.units),
-            },
+            "base_model": self.model.to_dict(),
             "source": dict(self.source),
             "share": self.share,
             "readers": dict(self.readers),
@@ -256,11 +251,7 @@ class SafetySubspace:
                     f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
                     "differs from config.json): truncated or edited. Locate again or restore it."
                 )
-            base = config["base_model"]
-            units = {str(name): int(count) for name, count in base["units"].items()}
-            fingerprint = ModelFingerprint(
-                str(base["name_or_path"]), str(base["type"]), str(base["layout"]), units
-            )
+            fingerprint = ModelFingerprint.read(config["base_model"])
             tensors = load(data)
             found = {str(inlet): tensors[inlet] for inlet in config["ranks"]}
             readers = {str(name): str(inlet) for name, inlet in config["readers"].items()}

@@ -219,12 +219,7 @@ class Dampener:
         config = {
             "safeft": SCHEMA_VERSION,
             "kind": KIND,
-            "base_model": {
-                "name_or_path": model.name_or_path,
-                "type": model.model_type,
-                "layout": model.layout,
-                "units": dict(model.units),
-            },
+            "base_model": model.to_dict(),
             "source": dict(found.source),
             "amplifies": self.amplifies,
             "counts": {name: len(units) for name, units in found.indices.items()},
@@ -260,11 +255,7 @@ class Dampener:
                     f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
                     "differs from config.json). Run `safeft detox` again, or restore it."
                 )
-            tensors, base = load(data), config["base_model"]
-            fingerprint = ModelFingerprint(
-                str(base["name_or_path"]), str(base["type"]), str(base["layout"]),
-                {str(name): int(count) for name, count in base["units"].items()},
-            )  # fmt: skip
+            tensors, fingerprint = load(data), ModelFingerprint.read(config["base_model"])
             indices, digests, gains, ceilings = (
                 {name: tuple(tensors[f"{name}.{what}"].tolist()) for name in config["counts"]}
                 for what in ("indices", "digests", "gains", "ceilings")
