@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from safeft.artefacts import intact, read_tensors
 from safeft.errors import ArtefactError, FingerprintError, SelectionError
 from safeft.files import sha256, upload, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
@@ -235,28 +235,13 @@ class NeuronSet:
                 f"{str(folder)!r} has schema {config.get('safeft')!r}; this safeft reads "
                 f"{SCHEMA_VERSION}. Locate again, or use the release that wrote it."
             )
-        try:
-            data = (folder / TENSORS_NAME).read_bytes()
-            if sha256(data) != config["tensors_sha256"]:
-                raise ArtefactError(
-                    f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
-                    "differs from config.json): truncated or edited. Locate again or restore it."
-                )
-            tensors = load(data)
+        with intact(folder, "Locate again"):
+            tensors = read_tensors(folder / TENSORS_NAME, config["tensors_sha256"], "Locate again")
             fingerprint = ModelFingerprint.read(config["base_model"])
             indices = {name: _numbers(tensors[f"{name}.indices"]) for name in config["counts"]}
             found = {name: _numbers(tensors[f"{name}.digests"]) for name in indices}
             counts = {name: len(numbers) for name, numbers in indices.items()}
             source = dict(config.get("source", {}))
-        except ArtefactError:
-            raise
-        except (
-            OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError
-        ) as error:  # fmt: skip
-            raise ArtefactError(
-                f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
-                "Locate again or restore it."
-            ) from error
         if counts != config["counts"] or sum(counts.values()) != config.get("count"):
             raise ArtefactError(
                 f"{str(folder)!r}: config.json says {config.get('count')} neurons, the tensors "

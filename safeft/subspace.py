@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from safeft.artefacts import intact, read_tensors
 from safeft.blocks import count_of, form_of
 from safeft.errors import ArtefactError, ConfigError, FingerprintError, SelectionError
 from safeft.files import sha256, upload, write_together
@@ -244,15 +244,9 @@ class SafetySubspace:
                 f"{config.get('kind')!r}, schema {config.get('safeft')!r}). Give the folder that "
                 "`safeft locate --method subspace` wrote."
             )
-        try:
-            data = (folder / TENSORS_NAME).read_bytes()
-            if sha256(data) != config["tensors_sha256"]:
-                raise ArtefactError(
-                    f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
-                    "differs from config.json): truncated or edited. Locate again or restore it."
-                )
+        with intact(folder, "Locate again"):
+            tensors = read_tensors(folder / TENSORS_NAME, config["tensors_sha256"], "Locate again")
             fingerprint = ModelFingerprint.read(config["base_model"])
-            tensors = load(data)
             found = {str(inlet): tensors[inlet] for inlet in config["ranks"]}
             readers = {str(name): str(inlet) for name, inlet in config["readers"].items()}
             outputs = {str(name): int(count) for name, count in config["outputs"].items()}
@@ -265,15 +259,6 @@ class SafetySubspace:
                 _check_rank(name, tuple(found[inlet].shape), found[inlet].shape[0])
             tokens = tensors[_TOKENS]
             source = dict(config.get("source", {}))
-        except ArtefactError:
-            raise
-        except (  # SelectionError is a ValueError
-            OSError, LookupError, TypeError, AttributeError, ValueError, SafetensorError
-        ) as error:  # fmt: skip
-            raise ArtefactError(
-                f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
-                "Locate again or restore it."
-            ) from error
         return cls(found, readers, outputs, digests, tokens, fingerprint, source)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "safeft"
 LAYERS = (
     ("errors", "progress"),
     ("files", "intervals", "processes", "blocks", "margin"),
-    ("batch", "images", "shards"),
+    ("artefacts", "batch", "images", "shards"),
     ("sites",),
     ("weights",),
     ("fingerprint",),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from safeft.artefacts import intact, read_tensors
 from safeft.causal.controls import random_controls
 from safeft.errors import ArtefactError, SelectionError
 from safeft.files import sha256, write_together
@@ -248,29 +248,17 @@ class Dampener:
                 f"{config.get('kind')!r}, schema {config.get('safeft')!r}). Give the output folder "
                 "of `safeft detox`."
             )
-        try:
-            data = (folder / TENSORS_NAME).read_bytes()
-            if sha256(data) != config["tensors_sha256"]:
-                raise ArtefactError(
-                    f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
-                    "differs from config.json). Run `safeft detox` again, or restore it."
-                )
-            tensors, fingerprint = load(data), ModelFingerprint.read(config["base_model"])
+        with intact(folder, "Run `safeft detox` again,"):
+            tensors = read_tensors(
+                folder / TENSORS_NAME, config["tensors_sha256"], "Run `safeft detox` again,"
+            )
+            fingerprint = ModelFingerprint.read(config["base_model"])
             indices, digests, gains, ceilings = (
                 {name: tuple(tensors[f"{name}.{what}"].tolist()) for name in config["counts"]}
                 for what in ("indices", "digests", "gains", "ceilings")
             )
             neurons = NeuronSet(indices, digests, fingerprint, dict(config["source"]))
             return cls(neurons, gains, ceilings, bool(config["amplifies"]))
-        except ArtefactError:
-            raise
-        except (
-            OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError
-        ) as error:  # fmt: skip
-            raise ArtefactError(
-                f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). Run "
-                "`safeft detox` again, or restore it."
-            ) from error
 
 
 def _single(value: float) -> float:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from safeft.artefacts import intact, read_tensors
 from safeft.errors import ArtefactError, ConfigError, FingerprintError
 from safeft.files import sha256, write_together
 from safeft.fingerprint import ModelFingerprint, check_layout
@@ -258,24 +258,9 @@ class GuardHead:
                 f"{config.get('kind')!r}, schema {config.get('safeft')!r}). Give the folder that "
                 "`safeft guard fit` wrote."
             )
-        try:
-            data = (folder / TENSORS_NAME).read_bytes()
-            if sha256(data) != config["tensors_sha256"]:
-                raise ArtefactError(
-                    f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
-                    "differs from config.json): truncated or edited. Fit again or restore it."
-                )
-            return cls._of(config, load(data))
-        except ArtefactError:
-            raise
-        except (
-            OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError,
-            SafetensorError,
-        ) as error:  # fmt: skip
-            raise ArtefactError(
-                f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
-                "Fit again or restore it."
-            ) from error
+        with intact(folder, "Fit again"):
+            tensors = read_tensors(folder / TENSORS_NAME, config["tensors_sha256"], "Fit again")
+            return cls._of(config, tensors)
 
     @classmethod
     def _of(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from safeft.artefacts import intact, read_tensors
 from safeft.errors import ArtefactError, SelectionError
 from safeft.files import sha256, write_together
 from safeft.monitor.limits import Limits
@@ -151,14 +151,10 @@ class Profile:
                 f"and not a neuron profile of schema {SCHEMA_VERSION}. Record it again."
             )
         neurons = NeuronSet.from_pretrained(folder / "neurons")
-        try:
-            data = (folder / TENSORS_NAME).read_bytes()
-            if sha256(data) != config["tensors_sha256"]:
-                raise ArtefactError(
-                    f"{str(folder / TENSORS_NAME)!r} is not the file that was saved (its SHA-256 "
-                    "differs from config.json): truncated or edited. Record the profile again."
-                )
-            tensors = load(data)
+        with intact(folder, "Record the profile again"):
+            tensors = read_tensors(
+                folder / TENSORS_NAME, config["tensors_sha256"], "Record the profile again"
+            )
             watched = tuple((str(site), int(unit)) for site, unit in config["watched"])
             first, second = config["factors"]
             limits = Limits(tensors["limits"], tensors["typical"], (float(first), float(second)))
@@ -166,13 +162,6 @@ class Profile:
                 neurons, watched, tensors["counts"], limits, int(config["window"]),
                 int(config["tokens"]), dict(config["source"]),
             )  # fmt: skip
-        except ArtefactError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ArtefactError(
-                f"{str(folder)!r} is incomplete or edited ({type(error).__name__}: {error}). "
-                "Record the profile again."
-            ) from error
         shapes = [tuple(found.counts.shape), tuple(limits.values.shape)]
         strange = [each for each in watched if each not in neurons]
         if strange or shapes != [(len(watched), BINS), (len(STATISTICS), len(watched))]:
