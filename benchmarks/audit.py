@@ -135,7 +135,10 @@ def whole(name: str, model: Path | None, prompts: int, candidates: int) -> dict[
     took = time.perf_counter() - begun
     print(f"{name}: {took:.0f} s, {found.verdict}: {found.reason}", flush=True)
     about = {"seconds_whole": took, "threads": torch.get_num_threads()}
-    return {**about, **found.withheld().to_dict()}
+    result = {**about, **found.withheld().to_dict()}
+    # Where the checkout lies on this machine is nobody's business.
+    result["model"] = {**result["model"], "name_or_path": bed.folder.name}
+    return result
 
 
 def main() -> None:
