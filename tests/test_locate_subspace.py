@@ -18,7 +18,7 @@ from safeft.capture import CaptureError
 from safeft.commands import main
 from safeft.errors import ConfigError, PromptError, SelectionError, UnsupportedModelError
 from safeft.generation import generate
-from safeft.locators.subspace import SubspaceFitter, choose_ranks, unit_tokens
+from safeft.locators.subspace import SubspaceFitter
 from safeft.prompts import as_prompts, batches
 from safeft.sites import find_linears
 from tests.families import FAMILIES
@@ -326,20 +326,6 @@ def test_more_passes_over_the_prompts_give_the_same() -> None:
     assert one_by_one.hash == whole.hash
 
 
-def test_ranks_by_hand() -> None:
-    spectra = {"a": torch.tensor([6.0, 3.0, 1.0, 0.0]), "b": torch.tensor([5.0, 5.0, 5.0, 5.0])}
-    outputs = {"a": 10, "b": 2}
-    assert choose_ranks(spectra, outputs, ("energy", 0.6)) == {"a": 1, "b": 3}
-    assert choose_ranks(spectra, outputs, ("energy", 0.601)) == {"a": 2, "b": 3}
-    assert choose_ranks(spectra, outputs, ("rank_share", 0.5)) == {"a": 2, "b": 2}
-    assert choose_ranks(spectra, outputs, ("rank_share", 0.01)) == {"a": 1, "b": 1}
-    room = 4 * (2 * 14 + 3 * 6)
-    assert choose_ranks(spectra, outputs, ("memory", room / 2**30)) == {"a": 2, "b": 3}
-    assert choose_ranks(spectra, outputs, ("memory", (room - 1) / 2**30)) == {"a": 1, "b": 3}
-    with pytest.raises(SelectionError, match="does not hold one direction of each"):
-        choose_ranks(spectra, outputs, ("memory", 1 / 2**30))
-
-
 # --- how well others are covered ----------------------------------------------------------------
 
 
@@ -414,19 +400,6 @@ def test_prompts_too_few_for_the_rank_say_the_largest() -> None:
         locate(rank_share=largest + 1 / 32, **few)
 
 
-def test_the_largest_rank_is_that_of_the_least_spanned_input() -> None:
-    values = {"wide": torch.ones(4000), "narrow": torch.cat([torch.ones(1003), torch.zeros(3093)])}
-    values["other"] = torch.cat([torch.ones(7), torch.zeros(3993)])
-    outputs = dict.fromkeys(values, 1)
-    with pytest.raises(SelectionError, match=r"narrow receives.* at most rank_share=0.00175\."):
-        choose_ranks({n: values[n] for n in ("narrow", "other")}, outputs, ("rank_share", 0.5))
-    with pytest.raises(SelectionError) as caught:
-        choose_ranks({n: values[n] for n in ("wide", "narrow")}, outputs, ("rank_share", 0.5))
-    largest = float(str(caught.value).rstrip(".").rpartition("rank_share=")[2])
-    ranks = choose_ranks({n: values[n] for n in ("narrow",)}, outputs, ("rank_share", largest))
-    assert ranks == {"narrow": 1003}
-
-
 @pytest.mark.parametrize("settings", [{"energy": 0.9999999999}, {"rank_share": 0.99}])
 def test_a_basis_that_leaves_nothing_free_is_refused(settings: Any) -> None:
     with pytest.raises(SelectionError, match="takes all .* nothing to learn with. Give less"):
@@ -457,15 +430,6 @@ def test_a_layer_that_is_skipped() -> None:
     attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
     with pytest.raises(CaptureError, match="layers.1.self_attn.k_proj.* did not run"):
         locate(model)
-
-
-def test_a_layer_that_receives_other_tokens() -> None:
-    linear = find_linears(tiny_model())[f"{LAYER}.mlp.down_proj.weight"]
-    chosen = torch.ones(2, 5, dtype=torch.bool)
-    for shape in ((2, 5, 48), (10, 48), (2, 1, 5, 48)):
-        assert unit_tokens(linear, torch.ones(shape), chosen).shape == (10, 48)
-    with pytest.raises(CaptureError, match=r"down_proj receives \(7, 48\) for \(2, 5\) prompts"):
-        unit_tokens(linear, torch.ones(7, 48), chosen)
 
 
 def test_no_prompts_and_unknown_models() -> None:

@@ -16,7 +16,8 @@ from baselines import Method, Recipe, Setup
 from baselines.subspace import located
 from safeft import SafetyFreezeCallback
 from safeft.freeze.plan import Group
-from safeft.locators.subspace import SubspaceFitter, Tokens, locate_subspace
+from safeft.locators.inputs import Tokens
+from safeft.locators.subspace import SubspaceFitter, locate_subspace
 from safeft.prompts import Prompt, batches
 from safeft.sites import find_linears
 from safeft.subspace import SafetySubspace

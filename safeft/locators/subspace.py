@@ -5,20 +5,19 @@ per distinct input of the linear layers, every token normalised to length 1, sin
 sinks carry most of the raw energy of a large model.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from safeft.capture import CaptureError
-from safeft.errors import ConfigError, PromptError, SelectionError
+from safeft.errors import PromptError, SelectionError
 from safeft.generation import evaluation_mode
 from safeft.locators.calibration import answered, calibrated, check_choice
+from safeft.locators.inputs import Tokens, all_or_one, chosen_tokens, receiving, unit_tokens
+from safeft.locators.ranks import GIB, Amount, amount_of, choose_ranks
 from safeft.locators.scores import forward
 from safeft.processes import gathered, rank, ranks, summed
 from safeft.progress import progress
@@ -34,14 +33,11 @@ from safeft.prompts import (
     tokenizer_of,
 )
 from safeft.shards import is_split
-from safeft.sites import Linear, bare, find_linears, plain_model
+from safeft.sites import Linear, find_linears
 from safeft.subspace import SafetySubspace
-
-Tokens: TypeAlias = Literal["all", "prompt", "response"]
 
 _HELD_OUT_EVERY = 8
 _LEAST_HELD_OUT = 2
-_GIB = 2**30
 
 
 def locate_subspace(
@@ -95,7 +91,7 @@ def locate_subspace(
         >>> subspace = locate_subspace(model, tokenizer, harmful, energy=0.9)  # doctest: +SKIP
         >>> SafetyFreezeCallback(subspace)  # doctest: +SKIP
     """
-    amount = _amount(energy, rank_share, memory)
+    amount = amount_of(energy, rank_share, memory)
     check_choice("tokens", tokens, ("all", "prompt", "response"))
     asked = as_prompts(harmful)
     if not asked:
@@ -124,25 +120,6 @@ def locate_subspace(
         source["coverage"] = reading.coverage(found, linears, aside) if aside else {}
     source["calibration"] = calibrated({"harmful": used, "held_out": aside})
     return replace(found, source=source)
-
-
-Amount: TypeAlias = tuple[Literal["energy", "rank_share", "memory"], float]
-
-
-def _amount(energy: float | None, rank_share: float | None, memory: float | None) -> Amount:
-    given = {"energy": energy, "rank_share": rank_share, "memory": memory}
-    given = {name: float(value) for name, value in given.items() if value is not None}
-    if len(given) > 1:
-        raise ConfigError(
-            f"{given} are given, and each says how many directions to hold: give one."
-        )
-    name, value = next(iter(given.items()), ("energy", 0.9))
-    if not 0 < value or (name != "memory" and not value < 1):
-        raise ConfigError(
-            f"{name}={value}: give a number above 0"
-            + (" (GiB)." if name == "memory" else " and below 1.")
-        )
-    return name, value  # pyright: ignore[reportReturnType]
 
 
 class SubspaceFitter:
@@ -184,7 +161,7 @@ class SubspaceFitter:
     def portions(self, at_once: float | None) -> list[list[str]]:
         """The inputs in portions whose sums fit into so many GiB, at least one in each."""
         parts: list[list[str]] = [[]]
-        room = limit = torch.inf if at_once is None else at_once * _GIB
+        room = limit = torch.inf if at_once is None else at_once * GIB
         for inlet, linear in self.inlets.items():
             size = 4 * linear.features**2
             if size > room and parts[-1]:
@@ -230,78 +207,6 @@ class SubspaceFitter:
             outputs[inlet] += self._linears[name].outputs
         chosen = choose_ranks(spectra, outputs, amount)
         return {inlet: found[:, : chosen[inlet]].clone() for inlet, found in vectors.items()}
-
-
-def choose_ranks(
-    spectra: Mapping[str, Tensor], outputs: Mapping[str, int], amount: Amount
-) -> dict[str, int]:
-    """How many directions of each input are held.
-
-    Args:
-        spectra: Input to its eigenvalues, float64 ``(features,)``, the largest first.
-        outputs: Input to the number of outputs of all layers that receive it.
-        amount: By what.
-
-    Raises:
-        SelectionError: More than the tokens span, or none would be left free.
-
-    Example:
-        >>> choose_ranks({"a": torch.tensor([6.0, 3.0, 1.0])}, {"a": 5}, ("energy", 0.85))
-        {'a': 2}
-    """
-    kind, value = amount
-    spans = {inlet: _span(values) for inlet, values in spectra.items()}
-    if kind == "rank_share":
-        ranks_ = {i: max(1, round(value * len(values))) for i, values in spectra.items()}
-    elif kind == "energy":
-        ranks_ = {i: _rank_of(values, value) for i, values in spectra.items()}
-    else:
-        ranks_ = _within(spectra, spans, outputs, value)
-    for inlet, values in spectra.items():
-        if ranks_[inlet] >= len(values):
-            raise SelectionError(
-                f"{kind}={value} takes all {len(values)} directions of what {inlet} receives, "
-                "which leaves its layers nothing to learn with. Give less."
-            )
-        if ranks_[inlet] > spans[inlet]:
-            largest = min(span / len(spectra[other]) for other, span in spans.items())
-            raise SelectionError(
-                f"{kind}={value} asks for {ranks_[inlet]} directions of what {inlet} receives, and "
-                f"the prompts' tokens span {spans[inlet]} of its {len(values)}. Give more prompts, "
-                f"or at most rank_share={math.floor(largest * 1e6) / 1e6}."
-            )
-    return ranks_
-
-
-def _span(values: Tensor) -> int:
-    """How many eigenvalues, the largest first, are more than rounding."""
-    return int((values > values[0] * len(values) * torch.finfo(torch.float32).eps).sum())
-
-
-def _rank_of(values: Tensor, energy: float) -> int:
-    return 1 + int((values.cumsum(0) < energy * values.sum()).sum())
-
-
-def _within(
-    spectra: Mapping[str, Tensor],
-    spans: Mapping[str, int],
-    outputs: Mapping[str, int],
-    memory: float,
-) -> dict[str, int]:
-    """The highest energy whose ``W U`` and U fit, as far as tokens span, by halving."""
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        ranks_ = {inlet: _rank_of(values, middle) for inlet, values in spectra.items()}
-        size = sum(4 * k * (outputs[i] + len(spectra[i])) for i, k in ranks_.items())
-        full = any(k >= len(spectra[i]) or k > spans[i] for i, k in ranks_.items())
-        low, high = (low, middle) if full or size > memory * _GIB else (middle, high)
-    if not low:
-        raise SelectionError(
-            f"memory={memory} GiB does not hold one direction of each input. Give more, or choose "
-            "by energy."
-        )
-    return {inlet: _rank_of(values, low) for inlet, values in spectra.items()}
 
 
 class _Reading:
@@ -398,68 +303,3 @@ class _Reading:
             "worst": round(float(residuals[worst]), 4),
             "worst_token": str(tokenizer_of(self._tokenizer).decode([int(ids[worst])])),
         }
-
-
-def all_or_one(model: PreTrainedModel, linears: Mapping[str, Linear]) -> int:
-    """For how many tokens to compute logits: all (0) only where the head's input is read."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    paths = {path for path, module in plain_model(model).named_modules() if module is head}
-    return 0 if any(linear.module in paths for linear in linears.values()) else 1
-
-
-def chosen_tokens(batch: Batch, tokens: Tokens) -> Tensor:
-    """Which tokens are read, bool ``(prompts, tokens)``."""
-    if tokens == "all":
-        return batch.is_prompt | batch.is_response
-    return batch.is_prompt if tokens == "prompt" else batch.is_response
-
-
-def unit_tokens(linear: Linear, values: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen tokens of an input at length 1, float32 ``(tokens, features)``.
-
-    Some layers receive prompts and tokens as one axis (of mixtures, OPT's), or one more between.
-
-    Raises:
-        CaptureError: Some number is not finite, or the layer receives a part of the tokens only.
-    """
-    if values.shape[:-1].numel() != chosen.numel():
-        raise CaptureError(
-            f"{linear.module} receives {tuple(values.shape)} for {tuple(chosen.shape)} prompts and "
-            "tokens, so it is unknown which of them these are. Such a layer cannot be located."
-        )
-    found = values.reshape(*chosen.shape, -1)[chosen.to(values.device)].float()
-    if not bool(found.isfinite().all()):
-        raise CaptureError(
-            f"What {linear.module} receives is not finite on the safety prompts, so no direction "
-            "of it means anything. Load the model in float32 or bfloat16."
-        )
-    return nn.functional.normalize(found, dim=-1)
-
-
-@contextmanager
-def receiving(model: nn.Module, linears: Iterable[Linear], observe: Any) -> Iterator[None]:
-    """Call ``observe(linear, values)`` with what each layer receives in a forward pass.
-
-    Raises:
-        CaptureError: A layer was not run.
-    """
-    plain = plain_model(model)
-    waiting = {linear.module for linear in linears}
-
-    def hook_for(linear: Linear) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            waiting.discard(linear.module)
-            observe(linear, inputs[0])
-
-        return hook
-
-    with ExitStack() as undo:
-        for linear in linears:
-            layer = bare(plain.get_submodule(linear.module))
-            undo.callback(layer.register_forward_pre_hook(hook_for(linear)).remove)
-        yield
-    if waiting:
-        raise CaptureError(
-            f"{sorted(waiting)[:3]} did not run in the forward pass, so what they receive is "
-            "unknown and they could not be held. Is a part of the model skipped?"
-        )
