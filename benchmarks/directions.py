@@ -30,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from speed import batches_of, model_of, paired
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safeft.freeze.directions import DirectionPin
+from safeft.freeze.direction_pin import DirectionPin
 from safeft.freeze.pin import Pin
 from safeft.freeze.plan import make_plan
 from safeft.locators.scores import forward

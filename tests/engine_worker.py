@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noq
 from safeft import SafetyFreezeCallback  # noqa: E402
 from safeft.errors import SafeftError  # noqa: E402
 from safeft.freeze import pin as pin_module  # noqa: E402
-from safeft.freeze.directions import DirectionPin  # noqa: E402
+from safeft.freeze.direction_pin import DirectionPin  # noqa: E402
 from safeft.freeze.resume import last_complete  # noqa: E402
 from tests import fsdp_on_cpu  # noqa: E402
 from tests.ending import end  # noqa: E402

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from safeft import SafetyFreezeCallback, SafetySubspace, locate_subspace, verify
 from safeft.errors import FreezeError
-from safeft.freeze.directions import DirectionPin
+from safeft.freeze.direction_pin import DirectionPin
 from tests.freezing import (
     LARGE,
     changed_frozen,
@@ -185,7 +185,7 @@ def test_the_matrix_holds_the_pairs_that_matter() -> None:
 def test_without_the_pin_decay_and_scaling_leave_the_free_directions(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("safeft.freeze.directions._Box.put_back", lambda *_: None)
+    monkeypatch.setattr("safeft.freeze.pieces.Piece.put_back", lambda *_: None)
     model = base_of(case)
     trainer = build(case, model, [callback_of(case, model)], tmp_path)
     with pytest.raises(FreezeError, match=r"(?s)at the end of training.*W U changed by"):
@@ -199,7 +199,7 @@ def test_without_the_pin_an_adapter_is_refused_once_it_has_learnt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A starts at random values, and ``A U = 0`` is the pin's doing."""
-    monkeypatch.setattr("safeft.freeze.directions._Box.put_back", lambda *_: None)
+    monkeypatch.setattr("safeft.freeze.pieces.Piece.put_back", lambda *_: None)
     case = Case("Trainer", "lora", "fp32")
     model = base_of(case)
     with pytest.raises(FreezeError, match="W U changed by"):
@@ -210,7 +210,7 @@ def test_without_decay_and_moments_the_mask_alone_would_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the failures above are the optimizer's doing."""
-    monkeypatch.setattr("safeft.freeze.directions._Box.put_back", lambda *_: None)
+    monkeypatch.setattr("safeft.freeze.pieces.Piece.put_back", lambda *_: None)
     case = Case("Trainer", "full", "fp32", "sgd")
     model = base_of(case)
     callback = callback_of(case, model)

@@ -16,7 +16,7 @@ from safeft.files import sha256
 from safeft.freeze.adapters import check_adapters, check_fresh
 from safeft.freeze.certificate import Certificate, causal_verdict
 from safeft.freeze.certifier import Certifier, demand_exact
-from safeft.freeze.directions import DirectionPin
+from safeft.freeze.direction_pin import DirectionPin
 from safeft.freeze.engines import (
     DDPWatch,
     asked_engine,

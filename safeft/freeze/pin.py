@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from safeft.blocks import Block, Lines, length_of
 from safeft.errors import FreezeError
 from safeft.freeze.certificate import bytes_hash
-from safeft.freeze.directions import DirectionPin, Directions
+from safeft.freeze.direction_pin import DirectionPin
+from safeft.freeze.directions import Directions
 from safeft.freeze.masks import check_fired, mask_gradient, stepped_storages
 from safeft.freeze.plan import Hold
 from safeft.processes import broadcast, flat_bytes, ranks, summed
