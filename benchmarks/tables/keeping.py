@@ -29,10 +29,7 @@ def headline() -> str:
         f"of {data['settings']['batch_size']}, `{data['command'].split(' --methods')[0]}`"
         for data in found
     )
-    note = (
-        "Share of held-out harmful prompts refused (mean over seeds ± half the 95% interval), and "
-        f"accuracy in the domain. {notes}"
-    )
+    note = f"Mean over seeds ± half the 95% interval. {notes}"
     return f"{frontier.headline(found)}\n\n{note}"
 
 
@@ -67,14 +64,15 @@ _ADVICE = (
 def advice() -> str:
     """What to hold for which data, what it keeps and what it costs."""
     heads = ["tuned on", "refused before", "after plain tuning", "directions", "refused",
-             "benign refused", "domain accuracy (plain)", "step time"]  # fmt: skip
+             "benign refused", "refusals mixed in alone", "benign refused",
+             "domain accuracy (plain)", "step time"]  # fmt: skip
     rows = []
     for label, name, tuning, method in _ADVICE:
         data = load(name)
         found = {row["method"]: row for row in data["rows"] if row["tuning"] == tuning}
-        plain, ours = (
+        plain, ours, alone = (
             {key: Spread(**spread) for key, spread in found[each]["measures"].items()}
-            for each in ("plain", method)
+            for each in ("plain", method, "refusals mixed in")
         )
         accuracy = frontier.learnt(ours)
         mixed = "".join(method.partition(", ")[1:])
@@ -86,11 +84,17 @@ def advice() -> str:
                 f"energy {found[method]['value']:g}{mixed}",
                 str(ours["refusal"]),
                 f"{ours['over_refusal'].mean:.2f}",
+                str(alone["refusal"]),
+                f"{alone['over_refusal'].mean:.2f}",
                 f"{ours[accuracy].mean:.2f} ({plain[accuracy].mean:.2f})",
                 f"{found[method]['seconds_a_step_ratio']:.2f}",
             ]
         )
-    return markdown(heads, rows)
+    commands = dict.fromkeys(
+        load(name)["command"].split(" --methods")[0] for _, name, _, _ in _ADVICE
+    )
+    note = "Shares of held-out prompts, mean over seeds ± half the 95% interval: "
+    return f"{markdown(heads, rows)}\n\n{note}{', '.join(f'`{each}`' for each in commands)}"
 
 
 def poisoned() -> str:
