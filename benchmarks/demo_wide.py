@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--energy", type=float, help="of directions to hold, too")
     parser.add_argument("--method", default="attribution")
     parser.add_argument("--sites", default="mlp")
-    parser.add_argument("--learning_rate", type=float, default=None)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--hold", nargs="*", default=[])
     parser.add_argument("--jobs", type=int, default=2)
