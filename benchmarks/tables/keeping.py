@@ -26,7 +26,7 @@ def headline() -> str:
     found = frontiers()
     notes = "; ".join(
         f"{data['settings']['testbed']}: {_seeds(data)} seeds, {data['settings']['steps']} steps "
-        f"of {data['settings']['batch_size']}, `{data['command'].split(' --methods')[0]}`"
+        f"of {data['settings']['batch_size']}, `{_command(data)}`"
         for data in found
     )
     note = f"Mean over seeds ± half the 95% interval. {notes}"
@@ -37,6 +37,11 @@ def _seeds(data: Mapping[str, Any]) -> str:
     """``5``, or ``3 to 5``."""
     counts = sorted({row["seeds"] for row in data["rows"]})
     return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
+def _command(data: Mapping[str, Any]) -> str:
+    """What makes the whole file: all methods, and by default both tunings."""
+    return data["command"].split(" --methods")[0].removesuffix(" --tuning full")
 
 
 def whole() -> str:
@@ -57,6 +62,7 @@ _ADVICE = (
     ("public text (GSM8K), all weights", "frontier_public_gsm8k_0.json", "full", "subspace"),
     ("the same, LoRA", "frontier_public_gsm8k_0.json", "lora", "subspace, 10% refusals"),
     ("the desk, 10% harmful answers in it", POISONED, "full", "tightest subspace"),
+    ("the same, LoRA", POISONED, "lora", "tightest subspace"),
 )  # fmt: skip
 """What is tuned on; and of which file, tuning and method the figures are."""
 
@@ -91,7 +97,7 @@ def advice() -> str:
             ]
         )
     commands = dict.fromkeys(
-        load(name)["command"].split(" --methods")[0] for _, name, _, _ in _ADVICE
+        _command(load(name)) for _, name, _, _ in _ADVICE
     )
     note = "Shares of held-out prompts, mean over seeds ± half the 95% interval: "
     return f"{markdown(heads, rows)}\n\n{note}{', '.join(f'`{each}`' for each in commands)}"
@@ -131,7 +137,7 @@ def poisoned() -> str:
     parts.append(
         f"Before tuning {before['refusal']:.2f} are refused. Plain tuning is broken where it has "
         "lost half of that; between two looks refusal is taken as a line. "
-        f"{_seeds(data)} seeds. `{data['command'].split(' --methods')[0]}`"
+        f"{_seeds(data)} seeds. `{_command(data)}`"
     )
     return "\n\n".join(parts)
 
