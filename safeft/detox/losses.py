@@ -59,23 +59,29 @@ class Texts:
         Returns:
             Float64 ``(texts,)`` and int64 ``(texts,)``, in the order of the batches.
         """
-        sums, counts = [], []
         with evaluating(model):
-            for batch in self.batches:
-                logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
-                # Nothing predicts a first token, and with padding before it something seems to.
-                read = written(batch)[:, 1:] & batch.attention_mask[:, :-1].bool()
-                wanted = batch.input_ids[:, 1:].masked_fill(~read, -100)
-                for row, target in zip(logits, wanted, strict=True):
-                    sums.append(
-                        functional.cross_entropy(
-                            row.float(), target.to(row.device), ignore_index=-100, reduction="sum"
-                        )
-                    )
-                counts.append(read.sum(1).cpu())
-        return torch.stack(sums).double().cpu(), torch.cat(counts)
+            found = [nats(model, batch) for batch in self.batches]
+        sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
+        return sums.double().cpu(), counts.cpu()
 
     def loss(self, model: PreTrainedModel) -> float:
         """Nats a token, each token weighing the same; its exponential is the perplexity."""
         sums, counts = self.losses(model)
         return float(sums.sum() / counts.sum())
+
+
+def nats(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each text of a batch, and its number of tokens.
+
+    Returns:
+        Float32 ``(texts,)`` with its graph where gradients are on, and int64 ``(texts,)``.
+    """
+    logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+    # Nothing predicts a first token, and with padding before it something seems to.
+    read = written(batch)[:, 1:] & batch.attention_mask[:, :-1].bool()
+    wanted = batch.input_ids[:, 1:].masked_fill(~read, -100).to(logits.device)
+    sums = [
+        functional.cross_entropy(row.float(), target, ignore_index=-100, reduction="sum")
+        for row, target in zip(logits, wanted, strict=True)
+    ]
+    return torch.stack(sums), read.sum(1).to(logits.device)
