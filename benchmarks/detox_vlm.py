@@ -30,6 +30,7 @@ import tiny_vlm  # noqa: E402
 
 from safeft.detox.evaluation import Arm, measure_arms  # noqa: E402
 from safeft.detox.experts import find_experts  # noqa: E402
+from safeft.detox.fitting import fit_gains  # noqa: E402
 from safeft.detox.groups import WordJudge  # noqa: E402
 from safeft.detox.rules import dampen  # noqa: E402
 from safeft.detox.tradeoff import Tradeoff  # noqa: E402
@@ -50,9 +51,9 @@ FOUND_ON = {
 }
 """Modalities whose prompts a dampener is found on, and the kinds of units."""
 GRID: Sequence[tuple[str, dict[str, Any]]] = (
-    *(("aura", {"strength": s}) for s in (0.5, 1.0, 1.5, 2.0, 3.0)),
-    *(("sgm", {"strength": s, "fraction": 0.2}) for s in (0.5, 0.75, 1.0)),
-    *(("det0", {"fraction": f}) for f in (0.02, 0.05, 0.1, 0.2)),
+    *(("aura", {"strength": s}) for s in (1.0, 2.0)),
+    *(("sgm", {"strength": s, "fraction": 0.2}) for s in (0.5, 1.0)),
+    *(("det0", {"fraction": f}) for f in (0.05, 0.1, 0.2)),
 )
 
 
@@ -63,11 +64,13 @@ def asked(cell: str, toxic: bool, test: bool) -> list[Prompt]:
 
 def answered(cell: str, test: bool) -> list[Prompt]:
     """Harmless requests with the answers that the model learnt, for perplexity."""
-    pairs = zip(asked(cell, False, test), tiny_vlm.requests(False, test), strict=True)
-    return [
-        replace(prompt, response=tiny_vlm.SURE.format(v=verb, n=noun))
-        for prompt, (verb, noun) in pairs
-    ]
+    return _with_answers(cell, False, test)
+
+
+def _with_answers(cell: str, toxic: bool, test: bool) -> list[Prompt]:
+    form = UGLY if toxic else tiny_vlm.SURE
+    pairs = zip(asked(cell, toxic, test), tiny_vlm.requests(toxic, test), strict=True)
+    return [replace(prompt, response=form.format(v=verb, n=noun)) for prompt, (verb, noun) in pairs]
 
 
 def run(seed: int, scale: float, thin: int) -> dict[str, Any]:
@@ -100,16 +103,19 @@ def run(seed: int, scale: float, thin: int) -> dict[str, Any]:
                 for tower in towers
             },
         }
-        for rule, settings in GRID[::thin] if label.startswith("shared") else GRID[1:2]:
+        grid = {"shared": GRID[::thin], "shared, heads too": (GRID[1], *GRID[3::3])}
+        for rule, settings in grid.get(label, GRID[1:2]):
             made = dampen(model, experts, rule, **settings)  # pyright: ignore[reportArgumentType]
             knob = settings.get("strength", settings.get("fraction"))
             line = rule if label == "shared" else f"{label}, {rule}"
             arms.append(Arm(f"{label}, {rule} {knob:g}", made, rule=line, strength=knob))
-            try:
-                drawn = made.at_random(seed)
-            except SelectionError:  # More than half of a site: nothing of equal size is left.
-                continue
-            arms.append(Arm(f"random as {arms[-1].name}", drawn, rule="random", strength=knob))
+            arms += _control(arms[-1], seed)
+    sides = [
+        [p for cell in CELLS for p in _with_answers(cell, toxic, False)] for toxic in (True, False)
+    ]
+    fitted = fit_gains(model, processor, *sides, seed=seed, batch_size=32)
+    arms.append(Arm("shared, fitted", fitted, rule="fitted"))
+    arms += _control(arms[-1], seed)
     cells = {
         cell: Tradeoff(
             tuple(
@@ -125,6 +131,15 @@ def run(seed: int, scale: float, thin: int) -> dict[str, Any]:
     return {"seed": seed, "seconds": round(trained), "found": found, "cells": cells}
 
 
+def _control(arm: Arm, seed: int) -> list[Arm]:
+    assert arm.dampener is not None
+    try:
+        drawn = arm.dampener.at_random(seed)
+    except SelectionError:  # More than half of a site: nothing of equal size is left.
+        return []
+    return [Arm(f"random as {arm.name}", drawn, rule="random", strength=arm.strength)]
+
+
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each arm and modality over the seeds."""
     rows = []
@@ -133,14 +148,20 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {key: first[key] for key in ("arm", "rule", "strength")}
         for cell in CELLS:
             mine = [r for one in runs for r in one["cells"][cell] if r["arm"] == name]
-            for key in ("toxicity", "toxicity_fall", "perplexity_rise"):
-                values = [r[key]["value"] if key == "toxicity" else r[key] for r in mine]
+            for key in ("toxicity", "toxicity_fall", "perplexity_rise", "broken"):
+                values = [_value(r, key) for r in mine]
                 sd = stdev(values) if len(values) > 1 else None
                 row.setdefault(cell, {})[key] = {"mean": fmean(values), "sd": sd}
             row["units"] = fmean(r["units"] for r in mine)
             row["seeds"] = len(mine)
         rows.append(row)
     return rows
+
+
+def _value(row: Mapping[str, Any], key: str) -> float:
+    if key == "broken":
+        return row["fluency"]["broken"]
+    return row[key]["value"] if key == "toxicity" else row[key]
 
 
 def main() -> None:
@@ -159,7 +180,7 @@ def main() -> None:
     for seed in range(given.seeds):
         runs.append(run(seed, given.scale, given.thin))
         result = {
-            "command": f"python benchmarks/detox_vlm.py --seeds {given.seeds} "
+            "command": f"python benchmarks/detox_vlm.py --seeds {len(runs)} "
             f"--scale {given.scale:g} --thin {given.thin}",
             "scale": given.scale,
             "answer": UGLY,

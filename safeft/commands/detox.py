@@ -185,12 +185,13 @@ def check_keys(config: DetoxConfig) -> None:
         raise ConfigError("strengths, groups and benign are for measuring: give prompts and judge.")
     if config.dampener is not None and config.prompts and not config.neutral_test:
         raise ConfigError("Give `neutral_test` texts: perplexity is half of the trade-off.")
-    _check_rule(config)
     if config.strengths and (config.rule == "det0" or config.dampener):
         raise ConfigError(
             "strengths draws the trade-off of a rule with a strength, found in this run: use aura, "
             "constant, sgm or threshold, and no `dampener`."
         )
+    if config.dampener is None:
+        _check_rule(config)
 
 
 def _check_rule(config: DetoxConfig) -> None:
@@ -198,6 +199,16 @@ def _check_rule(config: DetoxConfig) -> None:
     if config.rule != "fitted":
         if config.ordinary:
             raise ConfigError("`ordinary` texts go with rule='fitted' alone.")
+        if config.rule == "threshold" and config.fold:
+            raise ConfigError(
+                "rule='threshold' caps activations, and no weight does that, so it cannot be "
+                "folded. Leave `fold` out, or use a rule of gains (aura, constant, sgm, det0)."
+            )
+        from safeft.detox.rules import check_settings
+
+        for strength in (config.strength, *config.strengths):
+            check_settings(config.rule, strength, config.fraction, config.count,
+                           config.first_layer, config.amplify)  # fmt: skip
         return
     usual = DetoxConfig("", "")
     given = [n for n in ("count", "first_layer", "amplify", "pool", "signed", "chance", "shuffles",
@@ -209,6 +220,9 @@ def _check_rule(config: DetoxConfig) -> None:
             "weighs what each costs itself. Its keys are ordinary, price, fraction, strength, "
             "sites and seed."
         )
+    for strength in (config.strength, *config.strengths):
+        if strength is not None and not 0 < strength <= 1:
+            raise ConfigError(f"strength={strength}: of fitted gains give above 0, at most 1.")
 
 
 def _read(config: DetoxConfig, path: str, column: str | None = None) -> list[Any]:

@@ -18,6 +18,9 @@ from safeft.prompts import Prompt, Reader
 USUAL = 0.99
 """Share of the undampened model's own continuations that count as whole."""
 
+_ROUNDING = 1e-3
+"""Nats by which the same text may be read differently in another batch."""
+
 
 @dataclass(frozen=True)
 class Fluency:
@@ -66,8 +69,10 @@ class Reading:
 
     @property
     def limit(self) -> float:
-        """What 99% of them stay below."""
-        return float(self.nats.quantile(USUAL)) if len(self.nats) else 0.0
+        """What 99% of them do not pass, and a rounding more."""
+        if not len(self.nats):
+            return 0.0
+        return float(self.nats.quantile(USUAL, interpolation="higher")) + _ROUNDING
 
     def fluency(self, limit: float) -> Fluency:
         """Sum it up; above ``limit`` nats a token a continuation is broken."""
