@@ -235,11 +235,22 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def known_runs(place: Path, settings: str) -> dict[int, dict[str, Any]]:
+    """Runs that a result of the same settings holds already, by seed."""
+    if not place.is_file():
+        return {}
+    found = json.loads(place.read_text())
+    return (
+        {run["seed"]: run for run in found["runs"]} if found["command"].endswith(settings) else {}
+    )
+
+
 def main() -> None:
     """Train, measure and write the table and its picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="seed to begin with")
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "detox",
                         help="where trained models are kept, and found again")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -254,13 +265,15 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     sources = detox_data.read(given.data)
     judge, figures = detox_data.judge(sources)
+    settings = f"--scale {given.scale:g} --thin {given.thin} --draws {given.draws} "
+    settings += f"--neutral {given.neutral} --calibration {given.calibration}"
     runs: list[dict[str, Any]] = []
-    for seed in range(given.seeds):
-        runs.append(run(sources, judge, seed, given))
+    known = known_runs(given.results, settings)
+    for seed in range(given.first, given.seeds):
+        runs.append(known.get(seed) or run(sources, judge, seed, given))
         result = {
             "command": f"python benchmarks/detox.py --data ../shared/data --seeds {len(runs)} "
-            f"--scale {given.scale:g} --thin {given.thin} --draws {given.draws} "
-            f"--neutral {given.neutral} --calibration {given.calibration}",
+            + settings,
             "steps": round(STAGE.steps * given.scale),
             "aim": AIM,
             "judge": figures,

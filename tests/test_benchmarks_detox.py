@@ -1,6 +1,7 @@
 """The detox benchmark: no text on two sides, a judge that is not fooled by names, sound sums."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,6 +82,14 @@ def test_summaries_are_means_over_the_seeds() -> None:
     cells = {cell: runs[0]["arms"] for cell in detox_vlm.CELLS}
     (row,) = detox_vlm.summary([{"cells": cells}])
     assert row["en/image"]["toxicity"]["mean"] == 0.2
+
+
+def test_runs_of_the_same_settings_are_not_run_again(tmp_path: Path) -> None:
+    place = tmp_path / "detox.json"
+    assert detox.known_runs(place, "--draws 3") == {}
+    place.write_text(json.dumps({"command": "x --draws 3", "runs": [{"seed": 2}]}))
+    assert detox.known_runs(place, "--draws 3") == {2: {"seed": 2}}
+    assert detox.known_runs(place, "--draws 4") == {}
 
 
 class Drawn:
