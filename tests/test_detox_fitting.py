@@ -12,8 +12,9 @@ from safeft.detox.fitting import fit_gains
 from safeft.detox.hooks import dampened
 from safeft.errors import ConfigError, PromptError, SelectionError
 from safeft.generation import generate
-from safeft.prompts import Prompt
+from safeft.prompts import Prompt, as_prompts
 from tests.detoxing import COMPLIANCE, TOKENIZER, UGLY, texts, ugly
+from tests.models import tiny_model, tiny_tokenizer
 
 
 def exchanges(toxic: bool, count: int = 24, seed: int = 5) -> list[Prompt]:
@@ -103,6 +104,16 @@ def test_of_heads_no_site_loses_more_than_two_fifths() -> None:
     sites = dampener.neurons.indices
     assert all(len(units) <= max(1, 2 * truth.model.config.intermediate_size // 5)
                for units in sites.values())  # fmt: skip
+
+
+def test_experts_and_half_precision() -> None:
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=1, intermediate_size=24)
+    model.to(torch.bfloat16)
+    before = deepcopy(model.state_dict())
+    sides = [as_prompts([{"prompt": "abc", "response": said}] * 4) for said in ("xyzw", "abcd")]
+    dampener = fit_gains(model, tiny_tokenizer(), *sides, steps=3, toll=0.0)
+    assert len(dampener)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -233,10 +233,9 @@ def _descend(
 
 
 def _taken(gate: Tensor) -> Tensor:
-    """A gate's gradient, and none is left."""
-    assert gate.grad is not None
+    """A gate's gradient, 0 where no token came to its units (experts); and none is left."""
     found, gate.grad = gate.grad, None
-    return found
+    return torch.zeros_like(gate) if found is None else found
 
 
 def _check_texts(texts: Mapping[str, Sequence[Prompt]]) -> None:
