@@ -216,7 +216,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "perplexity_rise": [row["perplexity_rise"] for row in rows],
             "mention_rate": [row["mention_rate"] for row in rows],
             "group_loss": [fmean(row["group_loss"].values()) for row in rows],
-            "broken": [row["fluency"]["broken"] for row in rows],
+            "nats": [row["fluency"]["nats"] for row in rows],
             "distinct": [row["fluency"]["distinct"] for row in rows],
             "words": [row["fluency"]["words"] for row in rows],
             "units": [row["units"] for row in rows],

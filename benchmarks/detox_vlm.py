@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from safetensors.torch import load_model, save_model
 
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path.insert(0, str(BENCHMARKS))
@@ -73,15 +74,27 @@ def _with_answers(cell: str, toxic: bool, test: bool) -> list[Prompt]:
     return [replace(prompt, response=form.format(v=verb, n=noun)) for prompt, (verb, noun) in pairs]
 
 
-def run(seed: int, scale: float, thin: int) -> dict[str, Any]:
-    """One seed: train, find, dampen, measure."""
+def model_of(seed: int, scale: float, models: Path) -> tuple[Any, Any]:
+    """A model and its processor, trained, or its weights found in ``models``."""
     torch.manual_seed(seed)
     processor = tiny_vlm.build_processor()
     model = tiny_vlm.build_model(processor)
-    started = time.perf_counter()
+    place = models / f"seed{seed}_{scale:g}.safetensors"
+    if place.is_file():
+        load_model(model, place)
+        return model.eval(), processor
     for stage in tiny_vlm.STAGES:
         stage = replace(stage, steps=max(1, round(stage.steps * scale)))
         tiny_vlm.train(model, processor, stage, tiny_vlm.CELLS, seed)
+    models.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(place))
+    return model, processor
+
+
+def run(seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """One seed: train, find, dampen, measure."""
+    started = time.perf_counter()
+    model, processor = model_of(seed, given.scale, given.models)
     trained = time.perf_counter() - started
     arms, found = [Arm("as it is")], {}
     for label, (cells, kinds) in FOUND_ON.items():
@@ -103,7 +116,7 @@ def run(seed: int, scale: float, thin: int) -> dict[str, Any]:
                 for tower in towers
             },
         }
-        grid = {"shared": GRID[::thin], "shared, heads too": (GRID[1], *GRID[3::3])}
+        grid = {"shared": GRID[:: given.thin], "shared, heads too": (GRID[1], *GRID[3::3])}
         for rule, settings in grid.get(label, GRID[1:2]):
             made = dampen(model, experts, rule, **settings)  # pyright: ignore[reportArgumentType]
             knob = settings.get("strength", settings.get("fraction"))
@@ -148,7 +161,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {key: first[key] for key in ("arm", "rule", "strength")}
         for cell in CELLS:
             mine = [r for one in runs for r in one["cells"][cell] if r["arm"] == name]
-            for key in ("toxicity", "toxicity_fall", "perplexity_rise", "broken"):
+            for key in ("toxicity", "toxicity_fall", "perplexity_rise", "noise"):
                 values = [_value(r, key) for r in mine]
                 sd = stdev(values) if len(values) > 1 else None
                 row.setdefault(cell, {})[key] = {"mean": fmean(values), "sd": sd}
@@ -159,8 +172,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _value(row: Mapping[str, Any], key: str) -> float:
-    if key == "broken":
-        return row["fluency"]["broken"]
+    if key == "noise":
+        return row["fluency"]["noise"]
     return row[key]["value"] if key == "toxicity" else row[key]
 
 
@@ -169,6 +182,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--models", type=Path, default=BENCHMARKS.parent / "runs" / "detox_vlm",
+                        help="where trained models are kept, and found again")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps, for a trial")
     parser.add_argument("--thin", type=int, default=1,
@@ -178,7 +193,7 @@ def main() -> None:
     tiny_vlm.SORRY = UGLY
     runs: list[dict[str, Any]] = []
     for seed in range(given.seeds):
-        runs.append(run(seed, given.scale, given.thin))
+        runs.append(run(seed, given))
         result = {
             "command": f"python benchmarks/detox_vlm.py --seeds {len(runs)} "
             f"--scale {given.scale:g} --thin {given.thin}",

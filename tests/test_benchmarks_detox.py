@@ -67,7 +67,7 @@ def arm(name: str, toxic: float, seed_rise: float) -> dict[str, Any]:
         "group_loss": {"a": 1.0},
         "units": 3,
         "meets_aim": False,
-        "fluency": {"broken": toxic / 10, "distinct": 1.0, "words": 9.0},
+        "fluency": {"nats": toxic / 10, "noise": 0.0, "distinct": 1.0, "words": 9.0},
         **shares,
     }
 
@@ -76,7 +76,7 @@ def test_summaries_are_means_over_the_seeds() -> None:
     runs = [{"arms": [arm("x", 0.2, 0.01)]}, {"arms": [arm("x", 0.4, 0.03), arm("y", 1.0, 0.0)]}]
     one, other = detox.summary(runs)
     assert one["toxicity"] == {"mean": pytest.approx(0.3), "sd": pytest.approx(0.1414, abs=1e-4)}
-    assert one["broken"]["mean"] == pytest.approx(0.03)
+    assert one["nats"]["mean"] == pytest.approx(0.03)
     assert (one["seeds"], other["seeds"]) == (2, 1)
     assert other["toxicity"]["sd"] is None
     cells = {cell: runs[0]["arms"] for cell in detox_vlm.CELLS}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from safeft.detox.fluency import Fluency, Reading
+from safeft.detox.fluency import Fluency, Reading, limit_of
 from tests.detoxing import COMPLIANCE, TOKENIZER, UGLY, texts, ugly
 
 
@@ -9,27 +9,30 @@ def reading(said: list[str]) -> Reading:
     return Reading.of(ugly().model, TOKENIZER, texts(len(said), True), said)
 
 
-def test_silence_and_noise_are_broken_and_the_models_own_words_are_not() -> None:
-    own = reading([UGLY] * 8)
-    fluency = own.fluency(own.limit)
-    assert (fluency.broken, fluency.words, fluency.distinct) == (0, 1, 1 / 8)
-    said = [UGLY, "", "zqzqzq", UGLY]
-    found = reading(said).fluency(own.limit)
-    assert found.broken == 0.5
-    assert found.distinct == 0.75
-    assert found.words == 0.75
+def test_silence_noise_and_repetition_are_no_text() -> None:
+    own = reading([UGLY] * 4)
+    limit = limit_of([own.middles])
+    fluency = own.fluency(limit)
+    assert (fluency.noise, fluency.words, fluency.distinct) == (0, 1, 1 / 4)
+    said = [UGLY, "", "zqzqzq", "Sure Sure Sure Sure Sure Sure"]
+    found = reading(said).fluency(limit)
+    assert found.noise == 0.75
+    assert found.distinct == 1
     assert found.nats > 2 * fluency.nats
 
 
-def test_no_more_than_one_in_a_hundred_of_its_own_is_above_the_limit() -> None:
-    own = Reading(torch.linspace(1, 2, 200, dtype=torch.double), ["a"] * 200)
-    assert own.fluency(own.limit).broken == pytest.approx(0.005)
+def test_another_answer_is_unlikely_where_it_turns_and_no_noise() -> None:
+    own, other = reading([UGLY] * 4), reading([COMPLIANCE] * 4)
+    assert float(other.nats.min()) > float(own.nats.max())
+    assert other.fluency(limit_of([own.middles])).noise == 0
+
+
+def test_the_limit_is_of_ordinary_texts_too_and_never_below_a_nat() -> None:
+    spread = torch.linspace(1, 2, 200, dtype=torch.double)
+    assert limit_of([spread]) == pytest.approx(2 - 1 / 199)
+    assert limit_of([spread, torch.tensor([3.0])]) == 3
+    assert limit_of([torch.tensor([0.1])]) == limit_of([torch.zeros(0)]) == 1
 
 
 def test_nothing_said_at_all() -> None:
-    assert reading(["", ""]).limit == 0
-    assert reading(["", ""]).fluency(0.0) == Fluency(0.0, 0.0, 0.5, 1.0)
-
-
-def test_other_words_than_its_own_are_less_likely() -> None:
-    assert reading([COMPLIANCE]).nats > reading([UGLY]).nats
+    assert reading(["", ""]).fluency(1.0) == Fluency(0.0, 0.0, 0.5, 1.0)

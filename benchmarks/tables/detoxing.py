@@ -28,8 +28,9 @@ def headline() -> str:
 
 
 def _table(found: Mapping[str, Any], names: Sequence[str]) -> str:
-    heads = ["", "judged toxic", "like a hateful text it learnt", "perplexity", "broken",
-             "groups named", "texts naming groups dearer by", "units"]  # fmt: skip
+    heads = ["", "judged toxic", "like a hateful text it learnt", "perplexity",
+             "nats, words of what is said", "groups named", "texts naming groups dearer by",
+             "units"]  # fmt: skip
     return markdown(heads, [_row(found["runs"], name) for name in names])
 
 
@@ -50,7 +51,8 @@ def _row(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
         _share([row["toxicity_by_source"] for row in rows]),
         f"{fmean(row['perplexity'] for row in rows):.1f}" if first
         else _percent([row["perplexity_rise"] for row in rows]),
-        _share([row["fluency"]["broken"] for row in rows]),
+        f"{fmean(row['fluency']['nats'] for row in rows):.1f}, "
+        f"{fmean(row['fluency']['words'] for row in rows):.0f}",
         _share([row["mention_rate"] for row in rows]),
         "" if first else _percent(dearer),
         f"{fmean(row['units'] for row in rows):,.0f}",

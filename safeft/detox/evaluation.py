@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from safeft.detox.continuing import continued
 from safeft.detox.dampener import Dampener
-from safeft.detox.fluency import Fluency, Reading
+from safeft.detox.fluency import Fluency, Reading, limit_of
 from safeft.detox.groups import Group, check_groups, mentions_of
 from safeft.detox.hooks import dampened
 from safeft.detox.losses import Texts
@@ -155,7 +155,7 @@ def measure_arms(
         if group.texts
     }
     about = any(group.prompts for group in found.values())
-    outcomes, limit = [], math.inf
+    outcomes, limit = [], 0.0
     for arm in progress(arms, "measuring arms", len(arms)):
 
         def answers(to: Sequence[Prompt], each: int = draws, prefix: str = arm.prefix) -> list[str]:
@@ -181,7 +181,7 @@ def measure_arms(
             )  # fmt: skip
         reading = Reading.of(model, tokenizer, each_asked, said, **settled)
         if not outcomes:
-            limit = reading.limit
+            limit = limit_of([reading.middles, text.middles(model)])
         outcomes.append(replace(outcome, fluency=reading.fluency(limit)))
     return outcomes
 

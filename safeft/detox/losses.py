@@ -64,6 +64,15 @@ class Texts:
         sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
         return sums.double().cpu(), counts.cpu()
 
+    def middles(self, model: PreTrainedModel) -> Tensor:
+        """Nats of each text's median token, float64 ``(texts,)``; 0 of one without tokens."""
+        found = []
+        with evaluating(model):
+            for batch in self.batches:
+                for row, read in zip(*nats_of_tokens(model, batch), strict=True):
+                    found.append(row[read].median() if read.any() else row.new_zeros(()))
+        return torch.stack(found).double().cpu()
+
     def loss(self, model: PreTrainedModel) -> float:
         """Nats a token, each token weighing the same; its exponential is the perplexity."""
         sums, counts = self.losses(model)
@@ -76,12 +85,22 @@ def nats(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         Float32 ``(texts,)`` with its graph where gradients are on, and int64 ``(texts,)``.
     """
+    each, read = nats_of_tokens(model, batch)
+    return each.sum(1), read.sum(1)
+
+
+def nats_of_tokens(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each token that is read, 0 elsewhere, and which are.
+
+    Returns:
+        Float32 and bool, ``(texts, tokens - 1)`` each.
+    """
     logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
     # Nothing predicts a first token, and with padding before it something seems to.
     read = written(batch)[:, 1:] & batch.attention_mask[:, :-1].bool()
     wanted = batch.input_ids[:, 1:].masked_fill(~read, -100).to(logits.device)
-    sums = [
-        functional.cross_entropy(row.float(), target, ignore_index=-100, reduction="sum")
+    each = [
+        functional.cross_entropy(row.float(), target, ignore_index=-100, reduction="none")
         for row, target in zip(logits, wanted, strict=True)
     ]
-    return torch.stack(sums), read.sum(1).to(logits.device)
+    return torch.stack(each), read.to(logits.device)
