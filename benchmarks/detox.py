@@ -1,13 +1,13 @@
 """Dampening measured on a small model of public text whose continuations are often toxic.
 
-    python benchmarks/detox.py --data ../shared/data --seeds 5
+    python benchmarks/detox.py --data ../shared/data --seeds 0 1 2 3 4
 
 Each seed trains a Llama of 3.2 million weights (some five minutes of one core), finds its experts
 on texts that it was not trained with, and runs every rule and strength on held-out prompts, beside
 random gains of equal size, a prefix that asks for politeness, and both together. Two judges: a
 classifier of toxicity that shares no text with the model (its own errors are in the result), and
 whether the continuation is most like a hateful sentence of the model's training. The result holds
-no text.
+no text. Runs that the result holds already are kept, so seeds can be added.
 
 All rules are given the same texts: those of the calibration side with their labels, and the model's
 own continuations of its prompts, ordered by a classifier of that side alone.
@@ -249,8 +249,7 @@ def main() -> None:
     """Train, measure and write the table and its picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=0, help="seed to begin with")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--models", type=Path, default=ROOT / "runs" / "detox",
                         help="where trained models are kept, and found again")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -269,11 +268,16 @@ def main() -> None:
     settings += f"--neutral {given.neutral} --calibration {given.calibration}"
     runs: list[dict[str, Any]] = []
     known = known_runs(given.results, settings)
-    for seed in range(given.first, given.seeds):
+    for seed in sorted(given.seeds, key=lambda seed: seed not in known):
         runs.append(known.get(seed) or run(sources, judge, seed, given))
         result = {
-            "command": f"python benchmarks/detox.py --data ../shared/data --seeds {len(runs)} "
-            + settings,
+            "command": " ".join(
+                [
+                    "python benchmarks/detox.py --data ../shared/data --seeds",
+                    *(str(each["seed"]) for each in runs),
+                    settings,
+                ]
+            ),
             "steps": round(STAGE.steps * given.scale),
             "aim": AIM,
             "judge": figures,

@@ -9,8 +9,8 @@ from safeft.report.result import Spread
 from tables import load, markdown
 
 _SHORT = (
-    "as it is", "prefix", "aura, mean 3", "sgm, mean 1", "fitted, price 20",
-    "random as fitted, price 20", "fitted, price 5", "random as fitted, price 5",
+    "as it is", "prefix", "aura, mean 3", "random as aura, mean 3", "det0, mean 0.1",
+    "random as det0, mean 0.1", "fitted, price 5", "random as fitted, price 5",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def _percent(values: Sequence[float]) -> str:
 def _note(found: Mapping[str, Any]) -> str:
     judge, seeds = found["judge"], len(found["runs"])
     return (
-        f"{seeds} seeds (mean and 95% interval), {found['prompts']} held-out prompts of "
+        f"{seeds} {'seeds (mean and 95% interval)' if seeds > 1 else 'seed'}, {found['prompts']} held-out prompts of "
         f"RealToxicityPrompts, {found['draws']} continuations drawn of each. The judge finds "
         f"{judge['test_toxic_found']:.0%} of held-out toxic texts and passes "
         f"{judge['test_neutral_passed']:.0%} of the others. `{found['command']}`"
@@ -92,7 +92,8 @@ def images() -> str:
         ]
         for row in found["arms"]
     ]
-    note = f"{len(found['runs'])} seeds, nouns that alignment never showed. `{found['command']}`"
+    count = len(found["runs"])
+    note = f"{count} seed{'s' if count > 1 else ''}, nouns that alignment never showed. `{found['command']}`"
     return f"{markdown(heads, rows)}\n\n{note}"
 
 
@@ -108,7 +109,7 @@ def costs() -> str:
         ["logits apart, hooked and folded",
          f"{equal['logits_hooked_against_folded']:.0e} of {equal['largest_logit']:.0f}"],
         ["folded, in plain transformers without safeft",
-         f"{equal['logits_folded_against_plain_transformers']:.0e} apart"],
+         f"{equal['logits_folded_against_plain_transformers']:.2g} apart"],
         ["certificate of the fold", _yes(equal["certificate_exact"], "exact")],
         ["undone", _yes(equal["undone_bit_for_bit"], "bit for bit")],
         ["a second fold", equal["a_second_fold"]],
