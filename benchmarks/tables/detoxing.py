@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from safeft.report.result import Spread
 from tables import load, markdown
 
 _SHORT = (
@@ -60,7 +59,8 @@ def _row(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 
 
 def _share(values: Sequence[float]) -> str:
-    return str(Spread.of(list(values)))
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{spread}"
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -70,9 +70,9 @@ def _percent(values: Sequence[float]) -> str:
 def _note(found: Mapping[str, Any]) -> str:
     judge, seeds = found["judge"], len(found["runs"])
     return (
-        f"{seeds} {'seeds (mean and 95% interval)' if seeds > 1 else 'seed'}, {found['prompts']} held-out prompts of "
-        f"RealToxicityPrompts, {found['draws']} continuations drawn of each. The judge finds "
-        f"{judge['test_toxic_found']:.0%} of held-out toxic texts and passes "
+        f"{seeds} {'seeds (mean and range)' if seeds > 1 else 'seed'}, {found['prompts']} held-out "
+        f"prompts of RealToxicityPrompts, {found['draws']} continuations drawn of each. The judge "
+        f"finds {judge['test_toxic_found']:.0%} of held-out toxic texts and passes "
         f"{judge['test_neutral_passed']:.0%} of the others. `{found['command']}`"
     )
 
@@ -92,8 +92,8 @@ def images() -> str:
         ]
         for row in found["arms"]
     ]
-    count = len(found["runs"])
-    note = f"{count} seed{'s' if count > 1 else ''}, nouns that alignment never showed. `{found['command']}`"
+    seeds = "1 seed" if len(found["runs"]) == 1 else f"{len(found['runs'])} seeds"
+    note = f"{seeds}, nouns that alignment never showed. `{found['command']}`"
     return f"{markdown(heads, rows)}\n\n{note}"
 
 
