@@ -86,15 +86,21 @@ def images() -> str:
     rows = [
         [
             row["arm"],
-            *(f"{row[cell]['toxicity']['mean']:.2f}" for cell in cells),
+            *(_share(_seen(found["runs"], cell, row["arm"])) for cell in cells),
             *(_percent([row[cell]["perplexity_rise"]["mean"]]) for cell in cells),
             f"{row['units']:.0f}",
         ]
         for row in found["arms"]
     ]
     seeds = "1 seed" if len(found["runs"]) == 1 else f"{len(found['runs'])} seeds"
-    note = f"{seeds}, nouns that alignment never showed. `{found['command']}`"
+    note = f"{seeds} (mean and range), nouns that alignment never showed. `{found['command']}`"
     return f"{markdown(heads, rows)}\n\n{note}"
+
+
+def _seen(runs: Sequence[Mapping[str, Any]], cell: str, arm: str) -> list[float]:
+    """The share insulted, one a seed."""
+    rows = [row for run in runs for row in run["cells"][cell] if row["arm"] == arm]
+    return [row["toxicity"]["value"] for row in rows]
 
 
 def costs() -> str:
