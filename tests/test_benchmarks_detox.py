@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import detox
 import detox_data
 import detox_vlm
 import pytest
+from build_demo_model import Stage, drawn
 
 from safeft.errors import SelectionError
 
@@ -82,6 +84,18 @@ def test_summaries_are_means_over_the_seeds() -> None:
     cells = {cell: runs[0]["arms"] for cell in detox_vlm.CELLS}
     (row,) = detox_vlm.summary([{"cells": cells}])
     assert row["en/image"]["toxicity"]["mean"] == 0.2
+
+
+def test_batches_of_like_lengths_are_cut_from_a_pool() -> None:
+    rows = [([0] * (1 + length % 50), 1) for length in range(400)]
+    usual, pooled = Stage("", 1, 1.0, True), Stage("", 1, 1.0, True, pool=8)
+    assert drawn(rows, usual, random.Random(0)) == random.Random(0).sample(rows, 32)
+    spans = []
+    for seed in range(20):
+        lengths = [len(ids) for ids, _ in drawn(rows, pooled, random.Random(seed))]
+        assert len(lengths) == 32
+        spans.append(max(lengths) - min(lengths))
+    assert max(spans) < 12
 
 
 def test_runs_of_the_same_settings_are_not_run_again(tmp_path: Path) -> None:
