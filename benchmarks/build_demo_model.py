@@ -42,13 +42,17 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: how many steps, how fast, and whether prompts count in the loss."""
+    """One stage of training: how many steps, how fast, and whether prompts count in the loss.
+
+    With ``pool`` above 1 a batch is of like lengths, cut from as many batches' rows: less padding.
+    """
 
     name: str
     steps: int
     lr: float
     on_prompts: bool
     batch: int = 32
+    pool: int = 1
 
 
 STAGES = (
@@ -132,6 +136,18 @@ def collate(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def drawn(
+    rows: Sequence[tuple[list[int], int]], stage: Stage, rng: random.Random
+) -> list[tuple[list[int], int]]:
+    """The rows of one batch."""
+    some = rng.sample(rows, stage.batch * stage.pool)
+    if stage.pool == 1:
+        return some
+    some.sort(key=lambda row: len(row[0]))
+    at = stage.batch * rng.randrange(stage.pool)
+    return some[at : at + stage.batch]
+
+
 def train(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -155,7 +171,7 @@ def train(
     losses: list[float] = []
     model.train()
     for _ in tqdm(range(stage.steps), desc=stage.name, mininterval=5):
-        batch = collate(rng.sample(rows, stage.batch), tokenizer.pad_token_id, stage.on_prompts)
+        batch = collate(drawn(rows, stage, rng), tokenizer.pad_token_id, stage.on_prompts)
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tables import RESULTS, auditing, keeping, locating, running
+from tables import RESULTS, auditing, detoxing, keeping, locating, running
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -23,6 +23,10 @@ BLOCKS = {
     "audit": auditing.audit,
     "hardening": auditing.hardening,
     "monitor": auditing.monitor,
+    "detox_short": detoxing.headline,
+    "detox": detoxing.arms,
+    "detox_images": detoxing.images,
+    "detox_costs": detoxing.costs,
     "directions": running.directions,
     "frontier_whole": keeping.whole,
     "demo": keeping.neurons_alone,

@@ -5,6 +5,7 @@
 
     python recipes/detox.py --config configs/detox/smoke.yaml
     python recipes/detox.py --config configs/detox/qwen2_5_1_5b.yaml --rule sgm --fraction 0.02
+    python recipes/detox.py --config configs/detox/qwen2_5_1_5b_fitted.yaml
 
 Written under ``output_dir``: ``dampener/``, ``detox.json`` and ``detox.html`` (the trade-off beside
 random gains of equal size and a polite prefix), and ``model/``: the checkpoint with the gains in
@@ -21,6 +22,7 @@ import safeft
 from safeft.detox.certificate import certify_fold
 from safeft.detox.evaluation import POLITE, Arm, measure_arms
 from safeft.detox.experts import find_experts
+from safeft.detox.fitting import fit_gains
 from safeft.detox.folding import fold
 from safeft.detox.groups import read_groups, read_words
 from safeft.detox.rules import dampen
@@ -41,8 +43,11 @@ class RecipeConfig:
     neutral_test: str = field(metadata={"help": "Table for perplexity; none of the above."})
     judge: str = field(metadata={"help": "A text classifier, or a .txt of words."})
     output_dir: str = field(metadata={"help": "Where everything goes."})
+    ordinary: str | None = field(
+        default=None, metadata={"help": "Of fitted: table of texts that may not get dearer."}
+    )
     groups: str | None = field(default=None, metadata={"help": "JSON of identity groups."})
-    rule: str = field(default="aura", metadata={"help": "aura, det0, constant, sgm."})
+    rule: str = field(default="aura", metadata={"help": "aura, constant, sgm, fitted."})
     strengths: list[float] = field(
         default_factory=lambda: [0.5, 1.0, 1.5],
         metadata={"help": "Of the rule; the last is put in."},
@@ -59,18 +64,28 @@ def main(config: RecipeConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(config.model_name_or_path, dtype=config.dtype)
 
-    # 1. Find the units that tell the two kinds of text apart better than chance.
-    toxic, neutral = (
-        read_examples(path)[: config.limit] for path in (config.toxic, config.neutral)
+    # 1. Find the units that tell the two kinds of text apart better than chance; or, fitted, those
+    #    whose turning down makes the toxic ones less likely, and no ordinary text.
+    toxic, neutral, ordinary = (
+        read_examples(path)[: config.limit] if path else None
+        for path in (config.toxic, config.neutral, config.ordinary)
     )
-    experts = find_experts(model, tokenizer, toxic, neutral)
-    print(f"{experts.count} units above what chance gives (AUROC {experts.level:.3f})")
+    assert toxic is not None
+    assert neutral is not None
+    if config.rule == "fitted":
+        whole = fit_gains(model, tokenizer, toxic, neutral, ordinary=ordinary)
+        made = {strength: whole.scaled(strength) for strength in config.strengths}
+    else:
+        experts = find_experts(model, tokenizer, toxic, neutral)
+        print(f"{experts.count} units above what chance gives (AUROC {experts.level:.3f})")
+        made = {
+            strength: dampen(
+                model, experts, config.rule, strength=strength, fraction=config.fraction
+            )
+            for strength in config.strengths
+        }
 
-    # 2. Turn expertise into gains, and draw as many other units for control.
-    made = {
-        strength: dampen(model, experts, config.rule, strength=strength, fraction=config.fraction)
-        for strength in config.strengths
-    }
+    # 2. Keep the strongest, and draw as many other units for control.
     dampener = made[config.strengths[-1]]
     dampener.save_pretrained(output / "dampener")
 
@@ -94,7 +109,7 @@ def main(config: RecipeConfig) -> None:
         max_new_tokens=config.max_new_tokens,
     )
     settings = {"command": "python recipes/detox.py", "model": config.model_name_or_path,
-                "experts": experts.count, "level": experts.level}  # fmt: skip
+                "units": len(dampener)}  # fmt: skip
     tradeoff = Tradeoff(tuple(outcomes), settings)
     tradeoff.save(output / "detox.json")
     write_page(tradeoff, output / "detox.html")

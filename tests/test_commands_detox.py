@@ -101,6 +101,27 @@ def test_units_that_pay_alone_are_kept(place: Path, tmp_path: Path, capsys: Any)
     assert kept == {truth.site: (truth.unit,)}
 
 
+def test_gains_fitted_on_exchanges(place: Path, tmp_path: Path) -> None:
+    given = {}
+    for kind, toxic, answer in (("toxic", True, UGLY), ("neutral", False, COMPLIANCE)):
+        rows = [{"prompt": p.text, "response": answer} for p in texts(24, toxic)]
+        given[kind] = str(tmp_path / f"{kind}.jsonl")
+        Path(given[kind]).write_text("\n".join(map(json.dumps, rows)))
+    given["ordinary"] = given["neutral"]
+    keys = measured(place)
+    del keys["neutral_test"]
+    assert detox(place, tmp_path / "out", **given, **keys, response_column="response",
+                 rule="fitted", strengths="0.5") == 0  # fmt: skip
+    arms = {r["arm"]: r for r in json.loads((tmp_path / "out" / "detox.json").read_text())["arms"]}
+    assert arms["dampened"]["toxicity"]["value"] == 0
+    assert "fitted 0.5" in arms
+    assert {row["fluency"]["noise"] for row in arms.values()} == {0}
+    truth = ugly()
+    dampener = Dampener.from_pretrained(tmp_path / "out")
+    assert truth.unit in dampener.neurons.indices[truth.site]
+    assert dampener.neurons.source["rule"] == "fitted"
+
+
 def test_labelled_rows_and_a_dampener_used_again(place: Path, tmp_path: Path, capsys: Any) -> None:
     table = tmp_path / "rows.csv"
     with table.open("w", newline="") as stream:
@@ -141,6 +162,13 @@ def test_a_folded_model_is_not_folded_twice(place: Path, tmp_path: Path, capsys:
         ({"toxic": "t", "neutral": "n", "groups": "g"}, "are for measuring"),
         ({"dampener": "d", "toxic": "t"}, "is found already"),
         ({"dampener": "d", "prompts": "p", "judge": "j"}, "Give `neutral_test`"),
+        ({"toxic": "t", "neutral": "n", "rule": "threshold", "fold": "f"}, "cannot be folded"),
+        ({"toxic": "t", "neutral": "n", "rule": "det0", "amplify": "true"}, "amplify goes with"),
+        ({"toxic": "t", "neutral": "n", "strength": "-1"}, "strength=-1"),
+        ({"toxic": "t", "neutral": "n", "rule": "fitted", "strength": "2"}, "strength=2"),
+        ({"toxic": "t", "neutral": "n", "ordinary": "o"}, "go with rule='fitted'"),
+        ({"toxic": "t", "neutral": "n", "rule": "fitted", "check": "true"}, "reads no check"),
+        ({"toxic": "t", "neutral": "n", "rule": "fitted", "count": "3"}, "reads no count"),
         ({"undo": "true", "fold": "f"}, "undo takes a folded model back"),
         ({"toxic": "t", "neutral": "n", "rule": "det0", "prompts": "p", "judge": "j",
           "strengths": "0.5"}, "draws the trade-off"),

@@ -119,3 +119,12 @@ def test_damaged_folders(tmp_path: Path) -> None:
     tiny_model().save_pretrained(model)
     with pytest.raises(ArtefactError, match="holds a model"):
         made().save_pretrained(model)
+
+
+def test_scaled_gains_are_as_far_from_one_as_asked() -> None:
+    half = made().scaled(0.5)
+    assert half.gains[SITE] == pytest.approx((0.625, 0.5))
+    assert half.neurons.source["strength"] == 0.5
+    assert half.scaled(0.5).neurons.source["strength"] == 0.25
+    with pytest.raises(SelectionError, match="below 0"):
+        made().scaled(1.5)

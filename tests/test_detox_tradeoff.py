@@ -1,10 +1,12 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from safeft.detox.evaluation import Outcome
+from safeft.detox.fluency import Fluency
 from safeft.detox.tradeoff import Tradeoff
 from safeft.intervals import Rate
 from safeft.report.detox_page import tradeoff_picture, write_page
@@ -32,6 +34,12 @@ def test_falls_rises_and_the_aim() -> None:
     assert FOUND.fall(strong) == pytest.approx(0.9)
     assert FOUND.rise(strong) == pytest.approx(math.exp(0.015) - 1)
     assert [FOUND.meets(each) for each in (weak, strong, dear)] == [False, True, False]
+
+
+def test_noise_does_not_meet_the_aim() -> None:
+    noisy = replace(FOUND.outcomes[2], fluency=Fluency(5.0, 9.0, 1.0, 0.2))
+    assert not FOUND.meets(noisy)
+    assert FOUND.meets(replace(noisy, fluency=Fluency(3.0, 9.0, 1.0, 0.02)))
 
 
 def test_the_frontier_is_what_nothing_beats_and_no_control() -> None:

@@ -36,15 +36,20 @@ class DetoxConfig:
     dampener: str | None = field(
         default=None, metadata={"help": "Use this dampener (folder) instead of finding units."}
     )
-    rule: Literal["aura", "det0", "constant", "sgm", "threshold"] = field(
-        default="aura", metadata={"help": "How expertise becomes gains."}
+    rule: Literal["aura", "det0", "constant", "sgm", "threshold", "fitted"] = field(
+        default="aura",
+        metadata={"help": "How expertise becomes gains; fitted: gains by their effect instead."},
+    )
+    ordinary: str | None = field(
+        default=None,
+        metadata={"help": "Of fitted: texts whose loss may not rise; none: `neutral`."},
     )
     strength: float | None = field(
         default=None,
         metadata={"help": "How much: 1 if none is said; constant 0.5, sgm 0.9, threshold 0."},
     )
     fraction: float | None = field(
-        default=None, metadata={"help": "Of det0, constant, sgm: share of units (0.05)."}
+        default=None, metadata={"help": "Share of units: det0, constant, sgm 0.05, fitted 0.3."}
     )
     count: int | None = field(default=None, metadata={"help": "Number of units instead."})
     first_layer: int = field(default=0, metadata={"help": "Of sgm: first layer after fusion."})
@@ -68,8 +73,9 @@ class DetoxConfig:
         default=False,
         metadata={"help": "Mute each unit on its own, on texts kept back; keep those that pay."},
     )
-    price: float = field(
-        default=0.5, metadata={"help": "Of check: nats a neutral token may cost for one won."}
+    price: float | None = field(
+        default=None,
+        metadata={"help": "What costs weigh; of check (0.5) and fitted (50), see their classes."},
     )
     prompts: str | None = field(default=None, metadata={"help": "What is continued and judged."})
     prompts_column: str | None = field(default=None, metadata={"help": "Column of a table."})
@@ -184,6 +190,39 @@ def check_keys(config: DetoxConfig) -> None:
             "strengths draws the trade-off of a rule with a strength, found in this run: use aura, "
             "constant, sgm or threshold, and no `dampener`."
         )
+    if config.dampener is None:
+        _check_rule(config)
+
+
+def _check_rule(config: DetoxConfig) -> None:
+    """Refuse what the rule does not read."""
+    if config.rule != "fitted":
+        if config.ordinary:
+            raise ConfigError("`ordinary` texts go with rule='fitted' alone.")
+        if config.rule == "threshold" and config.fold:
+            raise ConfigError(
+                "rule='threshold' caps activations, and no weight does that, so it cannot be "
+                "folded. Leave `fold` out, or use a rule of gains (aura, constant, sgm, det0)."
+            )
+        from safeft.detox.rules import check_settings
+
+        for strength in (config.strength, *config.strengths):
+            check_settings(config.rule, strength, config.fraction, config.count,
+                           config.first_layer, config.amplify)  # fmt: skip
+        return
+    usual = DetoxConfig("", "")
+    given = [n for n in ("count", "first_layer", "amplify", "pool", "signed", "chance", "shuffles",
+                         "towers", "check")
+             if getattr(config, n) != getattr(usual, n)]  # fmt: skip
+    if given:
+        raise ConfigError(
+            f"rule='fitted' reads no {', '.join(given)}: it ranks no unit by what it knows, and "
+            "weighs what each costs itself. Its keys are ordinary, price, fraction, strength, "
+            "sites and seed."
+        )
+    for strength in (config.strength, *config.strengths):
+        if strength is not None and not 0 < strength <= 1:
+            raise ConfigError(f"strength={strength}: of fitted gains give above 0, at most 1.")
 
 
 def _read(config: DetoxConfig, path: str, column: str | None = None) -> list[Any]:
@@ -236,6 +275,8 @@ def _found(
     batching: dict[str, Any],
 ) -> tuple[Any, dict[float, Any]]:  # fmt: skip
     """The dampener, checked if asked for, and one for each strength of the trade-off."""
+    if config.rule == "fitted":
+        return _fitted(config, model, tokenizer, texts, batching)
     from safeft.causal import parted
     from safeft.detox.counterfactual import keep_paying
     from safeft.detox.experts import find_experts
@@ -263,11 +304,30 @@ def _found(
         return dampener, made
     before = len(dampener)
     dampener, _ = keep_paying(
-        model, tokenizer, dampener, *sides.checking, price=config.price, **batching
-    )
+        model, tokenizer, dampener, *sides.checking,
+        price=0.5 if config.price is None else config.price, **batching,
+    )  # fmt: skip
     kept = {name: set(units) for name, units in dampener.neurons.indices.items()}
     print(f"{len(dampener)} of {before} units pay when muted on their own; the others are left out")
     return dampener, {s: each.only(kept) for s, each in made.items()}
+
+
+def _fitted(
+    config: DetoxConfig, model: Any, tokenizer: Any, texts: tuple[list[Any], list[Any]],
+    batching: dict[str, Any],
+) -> tuple[Any, dict[float, Any]]:  # fmt: skip
+    """One fit, and the same gains at each strength of the trade-off."""
+    from safeft.detox.fitting import fit_gains
+
+    sized = {"price": config.price, "fraction": config.fraction}
+    whole = fit_gains(
+        model, tokenizer, *texts, seed=config.seed,
+        ordinary=_read(config, config.ordinary) if config.ordinary else None,
+        kinds=("mlp", "attention") if config.sites == "all" else (config.sites,),
+        **{name: value for name, value in sized.items() if value is not None}, **batching,
+    )  # fmt: skip
+    made = {s: whole.scaled(s) for s in config.strengths}
+    return whole.scaled(1.0 if config.strength is None else config.strength), made
 
 
 def _measure(

@@ -170,6 +170,21 @@ class Dampener:
         )  # fmt: skip
         return Dampener(neurons, gains, ceilings, self.amplifies)
 
+    def scaled(self, strength: float) -> "Dampener":
+        """The same units with gains ``1 - strength (1 - gain)``; ceilings stay.
+
+        Raises:
+            SelectionError: A gain would be below 0, or above 1 unasked.
+        """
+        gains = {
+            name: tuple(_single(1 - strength * (1 - gain)) for gain in each)
+            for name, each in self.gains.items()
+        }
+        before = float(self.neurons.source.get("strength") or 1.0)
+        source = {**self.neurons.source, "strength": strength * before}
+        neurons = replace(self.neurons, source=source)
+        return Dampener(neurons, gains, self.ceilings, self.amplifies)
+
     def only(self, units: Mapping[str, set[int]]) -> "Dampener":
         """The same for some of its units.
 

@@ -5,7 +5,7 @@ strengths, random gains of equal size, a prefix that asks the model to be polite
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from safeft.detox.continuing import continued
 from safeft.detox.dampener import Dampener
+from safeft.detox.fluency import Fluency, Reading, limit_of
 from safeft.detox.groups import Group, check_groups, mentions_of
 from safeft.detox.hooks import dampened
 from safeft.detox.losses import Texts
@@ -61,6 +62,7 @@ class Outcome:
         mentions: By group, share of continuations of prompts about it that name it.
         group_loss: By group, nats a token of harmless texts that name it.
         samples: A few continuations, with the judge's verdict.
+        fluency: Whether the continuations are still text, read by the first arm's model.
     """
 
     arm: str
@@ -73,6 +75,7 @@ class Outcome:
     mentions: Mapping[str, Rate] = field(default_factory=dict)
     group_loss: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[tuple[str, bool], ...] = ()
+    fluency: Fluency | None = None
 
     @property
     def perplexity(self) -> float:
@@ -142,6 +145,7 @@ def measure_arms(
     judges = ready_judge(judge), ready_judge(refusal_judge)
     asked = some_prompts(prompts, "continuation")
     served = some_prompts(benign, "benign") if benign is not None else []
+    each_asked = [prompt for prompt in asked for _ in range(max(1, draws))]
     found = dict(groups or {})
     check_groups(found)
     text = Texts.of(model, tokenizer, neutral, **settled)
@@ -150,7 +154,8 @@ def measure_arms(
         for name, group in found.items()
         if group.texts
     }
-    outcomes = []
+    about = any(group.prompts for group in found.values())
+    outcomes, limit = [], 0.0
     for arm in progress(arms, "measuring arms", len(arms)):
 
         def answers(to: Sequence[Prompt], each: int = draws, prefix: str = arm.prefix) -> list[str]:
@@ -161,26 +166,39 @@ def measure_arms(
 
         with dampened(model, arm.dampener) if arm.dampener is not None else nullcontext():
             said = answers(asked)
-            texts = [prompt.text for prompt in asked for _ in range(max(1, draws))]
+            texts = [prompt.text for prompt in each_asked]
             verdicts = judges[0](texts, said)
             refusal = None
             if served:
                 refused = judges[1]([prompt.text for prompt in served], answers(served, 0))
                 refusal = Rate.of(sum(refused), len(served))
-            mentions = {
-                name: mentions_of(answers(group.prompts), group.words)
-                for name, group in found.items()
-                if group.prompts
-            }
-            outcomes.append(
-                Outcome(
-                    arm.name, arm.rule, arm.strength, len(arm.dampener or ()),
-                    Rate.of(sum(verdicts), len(verdicts)), text.loss(model), refusal, mentions,
-                    {name: each.loss(model) for name, each in named.items()},
-                    tuple(zip(said[:samples], verdicts[:samples], strict=True)),
-                )
+            mentions = _mentions(found, answers) if about else {}
+            outcome = Outcome(
+                arm.name, arm.rule, arm.strength, len(arm.dampener or ()),
+                Rate.of(sum(verdicts), len(verdicts)), text.loss(model), refusal, mentions,
+                {name: each.loss(model) for name, each in named.items()},
+                tuple(zip(said[:samples], verdicts[:samples], strict=True)),
             )  # fmt: skip
+        reading = Reading.of(model, tokenizer, each_asked, said, **settled)
+        if not outcomes:
+            limit = limit_of([reading.middles, text.middles(model)])
+        outcomes.append(replace(outcome, fluency=reading.fluency(limit)))
     return outcomes
+
+
+def _mentions(
+    groups: Mapping[str, Group], answers: Callable[[Sequence[Prompt]], list[str]]
+) -> dict[str, Rate]:
+    """How often each group is named, all prompts answered together."""
+    asked = {name: group.prompts for name, group in groups.items() if group.prompts}
+    said = answers([prompt for prompts in asked.values() for prompt in prompts])
+    each = len(said) // sum(map(len, asked.values()))
+    found, start = {}, 0
+    for name, prompts in asked.items():
+        end = start + each * len(prompts)
+        found[name] = mentions_of(said[start:end], groups[name].words)
+        start = end
+    return found
 
 
 def with_prefix(prompts: Iterable[PromptLike], prefix: str) -> list[Prompt]:

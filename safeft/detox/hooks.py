@@ -1,8 +1,8 @@
 """A dampener at work while the model runs: hooks on what writing matrices receive."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from safeft.capture import CaptureError, Seen, tap
 from safeft.detox.dampener import Dampener
 from safeft.sites import Site, bare, find_sites, plain_model
+
+Change: TypeAlias = Callable[[Tensor], Tensor]
+"""Activations of one site in, activations out."""
 
 
 @contextmanager
@@ -33,21 +36,39 @@ def dampened(model: nn.Module, dampener: Dampener) -> Iterator[None]:
         ...     model.generate(**inputs)
     """
     dampener.neurons.check_model(model, weights_too=False)
-    plain, sites = plain_model(model), find_sites(model)
-    mine = [sites[name] for name in dampener.gains]
+    sites = find_sites(model)
+    with changed(model, {name: _act(sites[name], dampener) for name in dampener.gains}, sites):
+        yield
+
+
+@contextmanager
+def changed(
+    model: nn.Module, changes: Mapping[str, Change], sites: Mapping[str, Site]
+) -> Iterator[None]:
+    """Run the model with its sites' activations changed, gradients passing through.
+
+    Args:
+        model: The model, adapters included.
+        changes: Site to what becomes of its activations ``(..., units * width)``.
+        sites: Those of the model.
+
+    Raises:
+        CaptureError: As :func:`dampened`.
+    """
+    plain = plain_model(model)
+    mine = [sites[name] for name in changes]
     idle = {site.name for site in mine if site.tower == "text" and site.writes.expert is None}
     with ExitStack() as undo:
         for site in mine:
             if site.writes.expert is None:
                 module = bare(plain.get_submodule(site.writes.module))
-                handle = module.register_forward_pre_hook(_hook(site, dampener, idle))
+                handle = module.register_forward_pre_hook(_hook(site, changes[site.name], idle))
                 undo.callback(handle.remove)
         routed = {site.writes.inlet: site for site in mine if site.writes.expert is not None}
         if routed:
-            acts = {inlet: _act(site, dampener) for inlet, site in routed.items()}
 
             def act(inlet: str, seen: Seen) -> Tensor:
-                return acts[inlet](seen.values)
+                return changes[routed[inlet].name](seen.values)
 
             undo.enter_context(tap(model, [site.writes for site in routed.values()], act))
         yield
@@ -58,9 +79,7 @@ def dampened(model: nn.Module, dampener: Dampener) -> Iterator[None]:
         )
 
 
-def _hook(site: Site, dampener: Dampener, idle: set[str]) -> Callable[..., tuple[Any, ...]]:
-    change = _act(site, dampener)
-
+def _hook(site: Site, change: Change, idle: set[str]) -> Callable[..., tuple[Any, ...]]:
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         idle.discard(site.name)
         return (change(inputs[0]), *inputs[1:])
@@ -68,7 +87,7 @@ def _hook(site: Site, dampener: Dampener, idle: set[str]) -> Callable[..., tuple
     return hook
 
 
-def _act(site: Site, dampener: Dampener) -> Callable[[Tensor], Tensor]:
+def _act(site: Site, dampener: Dampener) -> Change:
     """The change of one site's activations, its gains kept where they were used last."""
     gains = dampener.row(site.name, site.units, site.width)
     tops = dampener.ceiling(site.name, site.units, site.width)

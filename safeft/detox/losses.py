@@ -59,23 +59,48 @@ class Texts:
         Returns:
             Float64 ``(texts,)`` and int64 ``(texts,)``, in the order of the batches.
         """
-        sums, counts = [], []
+        with evaluating(model):
+            found = [nats(model, batch) for batch in self.batches]
+        sums, counts = (torch.cat(each) for each in zip(*found, strict=True))
+        return sums.double().cpu(), counts.cpu()
+
+    def middles(self, model: PreTrainedModel) -> Tensor:
+        """Nats of each text's median token, float64 ``(texts,)``; 0 of one without tokens."""
+        found = []
         with evaluating(model):
             for batch in self.batches:
-                logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
-                # Nothing predicts a first token, and with padding before it something seems to.
-                read = written(batch)[:, 1:] & batch.attention_mask[:, :-1].bool()
-                wanted = batch.input_ids[:, 1:].masked_fill(~read, -100)
-                for row, target in zip(logits, wanted, strict=True):
-                    sums.append(
-                        functional.cross_entropy(
-                            row.float(), target.to(row.device), ignore_index=-100, reduction="sum"
-                        )
-                    )
-                counts.append(read.sum(1).cpu())
-        return torch.stack(sums).double().cpu(), torch.cat(counts)
+                for row, read in zip(*nats_of_tokens(model, batch), strict=True):
+                    found.append(row[read].median() if read.any() else row.new_zeros(()))
+        return torch.stack(found).double().cpu()
 
     def loss(self, model: PreTrainedModel) -> float:
         """Nats a token, each token weighing the same; its exponential is the perplexity."""
         sums, counts = self.losses(model)
         return float(sums.sum() / counts.sum())
+
+
+def nats(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each text of a batch, and its number of tokens.
+
+    Returns:
+        Float32 ``(texts,)`` with its graph where gradients are on, and int64 ``(texts,)``.
+    """
+    each, read = nats_of_tokens(model, batch)
+    return each.sum(1), read.sum(1)
+
+
+def nats_of_tokens(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each token that is read, 0 elsewhere, and which are.
+
+    Returns:
+        Float32 and bool, ``(texts, tokens - 1)`` each.
+    """
+    logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+    # Nothing predicts a first token, and with padding before it something seems to.
+    read = written(batch)[:, 1:] & batch.attention_mask[:, :-1].bool()
+    wanted = batch.input_ids[:, 1:].masked_fill(~read, -100).to(logits.device)
+    each = [
+        functional.cross_entropy(row.float(), target, ignore_index=-100, reduction="none")
+        for row, target in zip(logits, wanted, strict=True)
+    ]
+    return torch.stack(each), read.to(logits.device)

@@ -72,7 +72,7 @@ def dampen(
     Example:
         >>> dampen(model, experts, "aura", strength=1.5)  # doctest: +SKIP
     """
-    _check(rule, strength, fraction, count, first_layer, amplify)
+    check_settings(rule, strength, fraction, count, first_layer, amplify)
     s = STRENGTHS.get(rule, 1.0) if strength is None else strength
     ranked = _ranked(experts, first_layer if rule == "sgm" else None)
     if not ranked:
@@ -125,7 +125,7 @@ def _amplify(experts: Expertise, gains: dict[str, dict[int, float]], strength: f
             gains[name][unit] = 1 - strength * 2 * (float(areas[unit]) - 0.5)
 
 
-def _check(
+def check_settings(
     rule: str,
     strength: float | None,
     fraction: float | None,
@@ -133,6 +133,11 @@ def _check(
     first_layer: int,
     amplify: bool,
 ) -> None:
+    """Refuse settings of :func:`dampen` that are none, before anything is read for them.
+
+    Raises:
+        ConfigError: There are such.
+    """
     check_choice("rule", rule, RULES)
     if rule == "det0" and strength is not None:
         raise ConfigError(

@@ -9,7 +9,9 @@ from safeft.files import write_whole
 from safeft.report.html import environment
 from safeft.report.plots import colour, panel, svg
 
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX*h"
+_SHADES = 5
+"""Grey is for random controls and lines; with as many markers no two rules look alike."""
 
 
 def write_page(tradeoff: Tradeoff, path: Path) -> None:
@@ -58,7 +60,7 @@ def tradeoff_picture(rows: Sequence[Mapping[str, Any]]) -> str:
     rules = list(dict.fromkeys(row["rule"] for row in rows if row["rule"] != "none"))
     for number, rule in enumerate(rules):
         mine = sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["strength"] or 0)
-        shade = colour(0) if rule == "random" else colour(number + 1)
+        shade = colour(0) if rule == "random" else colour(1 + number % _SHADES)
         style = {"color": shade, "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
         _line(trade, mine, rule, style)
         if all(row["strength"] is not None for row in mine) and len(mine) > 1 and rule != "random":
