@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tables import RESULTS, auditing, keeping, locating, running
+from tables import RESULTS, auditing, guarding, keeping, locating, running
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -24,6 +24,7 @@ BLOCKS = {
     "hardening": auditing.hardening,
     "monitor": auditing.monitor,
     "directions": running.directions,
+    "guard": guarding.guard,
     "frontier_whole": keeping.whole,
     "demo": keeping.neurons_alone,
     "real": keeping.real,
@@ -31,6 +32,10 @@ BLOCKS = {
     "causal": locating.causal,
     "groups": locating.groups,
     "bilingual": locating.bilingual,
+    "guard_whole": guarding.guard_whole,
+    "guard_stream": guarding.guard_stream,
+    "guard_cost": guarding.guard_cost,
+    "guard_serve": guarding.guard_serve,
     "families": running.families,
     "speed": running.speed,
     "scale": running.scale,
