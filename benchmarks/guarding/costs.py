@@ -160,7 +160,7 @@ def saved(guard: Guard) -> dict[str, Any]:
 
 def cost(
     encoder: tuple[Any, Any], small: tuple[Any, Any], *, width: int = 768, layers: int = 12,
-    tokens: int = 32, pairs: int = 21,
+    tokens: int = 24, pairs: int = 9,
 ) -> dict[str, Any]:  # fmt: skip
     """All of them: on the encoder, on a testbed's small model, and on a larger random one."""
     texts = [TEXT.format(number) * (1 + number % 3) for number in range(48)]

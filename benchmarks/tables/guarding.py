@@ -94,13 +94,15 @@ def guard_stream() -> str:
     for bed in ("demo", "public"):
         part = found[bed]
         for name, each in part["thresholds"].items():
-            recall = [f"{each['recall'][more]['value']:.2f}" for more in ("0", "32", "64", "128")]
+            rates = [each["recall"][more] for more in ("0", "32", "64", "128")]
+            recall = [f"{rate['count'] / rate['total']:.2f}" for rate in rates]
             rows.append(
                 [
                     f"{part['model']}, {part['weights'] / 1e6:.1f}M weights",
                     f"{each['threshold']:.3f} ({name})",
                     *recall,
-                    f"{each['false_alarms_per_1000']:.0f} of {part['safe_answers']}",
+                    f"{each['false_alarms_per_1000']:.0f} "
+                    f"({each['false_alarms']['count']} of {part['safe_answers']})",
                     f"{part['largest_difference']['value']:.0e}",
                 ]
             )
@@ -178,7 +180,7 @@ def guard_serve() -> str:
         ["its own memory, warm / after load / after bad clients", f"{' / '.join(memory)} MiB"]
     )
     end = found["end"]
-    flight = ", ".join(f"{count} {status}" for status, count in end["in_flight"].items())
+    flight = ", ".join(f"{count} with {status}" for status, count in end["in_flight"].items())
     rows.append(
         ["told to end under load", f"exit code {end['exit_code']} after {end['seconds']:.1f} s; "
          f"in flight: {flight}"]
