@@ -66,7 +66,7 @@ def parts_of(
         >>> [part.held.tolist() for part in parts], apart
         ([[0, 1, 2, 3], [4, 5, 6, 7]], True)
     """
-    names = [sources[n] for n in rows.tolist()]
+    names = [sources[int(n)] for n in rows]
     found = [rows[held] for held in by_source(names, harmful[rows]).values()]
     found = [held for held in found if harmful[held].unique().numel() == 2]
     apart = len(found) > 1
