@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from tables import RESULTS, auditing, detoxing, keeping, locating, running
+from tables import RESULTS, auditing, detoxing, guarding, keeping, locating, running
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
@@ -28,6 +28,7 @@ BLOCKS = {
     "detox_images": detoxing.images,
     "detox_costs": detoxing.costs,
     "directions": running.directions,
+    "guard": guarding.guard,
     "frontier_whole": keeping.whole,
     "demo": keeping.neurons_alone,
     "real": keeping.real,
@@ -35,6 +36,10 @@ BLOCKS = {
     "causal": locating.causal,
     "groups": locating.groups,
     "bilingual": locating.bilingual,
+    "guard_whole": guarding.guard_whole,
+    "guard_stream": guarding.guard_stream,
+    "guard_cost": guarding.guard_cost,
+    "guard_serve": guarding.guard_serve,
     "families": running.families,
     "speed": running.speed,
     "scale": running.scale,

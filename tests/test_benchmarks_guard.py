@@ -30,13 +30,14 @@ def test_methods_are_compared_and_nothing_is_done_twice(
     made = tiny_encoder(), tiny_tokenizer(chat_template=None)
     monkeypatch.setattr(compare, "encoder", lambda: made)
     monkeypatch.setattr(sets, "load", lambda _: {"one": toy(0), "two": toy(500)})
+    monkeypatch.setattr(sets, "unseen", lambda *_: {"three": toy(900)})
     cells: dict[str, Any] = {}
     saved: list[int] = []
     monkeypatch.setattr(baselines.SirenScheme.__init__, "__kwdefaults__", QUICK)
     wanted = {"methods": ("guard", "random units", *compare.SIMPLE, *compare.SIREN)}
     for _ in range(2):
         compare.compare(tmp_path, tmp_path, lambda: saved.append(len(cells)), cells, **wanted)
-    assert saved == list(range(1, 3 * 6 + 1))
+    assert saved == list(range(1, 4 * 6 + 1))
     within = cells["held-out parts/0/guard"]
     assert set(within["sets"]) == {"one", "two"}
     assert within["sets"]["one"]["texts"] == 18
@@ -45,8 +46,9 @@ def test_methods_are_compared_and_nothing_is_done_twice(
     assert cells["held-out parts/0/random units"]["units"] == within["units"]
     rows = compare.summary(cells)
     across = (cells["without one/0/guard"]["macro_f1"], cells["without two/0/guard"]["macro_f1"])
-    assert rows["guard"]["sets_left_out"] == pytest.approx(sum(across) / 2)
-    assert rows["guard"]["fits"] == {"held_out_parts": 1, "sets_left_out": 2}
+    assert rows["guard"]["sets_left_out"]["macro_f1"] == pytest.approx(sum(across) / 2)
+    assert rows["guard"]["held_out_parts"]["results"] == rows["guard"]["sets_left_out"]["results"]
+    assert rows["guard"]["new_sets"]["results"] == 1
     assert benchmark.picture(cells).startswith("<svg")
     del cells["without one/0/TF-IDF"], cells["without two/0/TF-IDF"]
     assert compare.summary(cells)["TF-IDF"]["mean"] is None
@@ -109,8 +111,8 @@ def test_costs_are_those_of_a_guard_of_full_size() -> None:
     size = costs.saved(guard)
     assert size["calculated"] == pytest.approx(size["bytes"], rel=0.02)
     time = costs.token_time(guard, rows=2, tokens=3, pairs=2)
-    assert len(time["ratios"]) == 2
-    assert costs.throughput(guard, ["one", "and two"], 1)["share_of_bare"] > 0
+    assert time["interval"]["low"] <= time["ratio"] <= time["interval"]["high"]
+    assert costs.throughput(guard, ["one", "and two"], 1)["ratio"] > 0
 
 
 def test_what_is_timed_takes_turns() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from safeft.errors import ConfigError, PromptError, SelectionError
 from safeft.guard import GuardFitter, pooling
-from safeft.guard import fitter as fitter_module
+from safeft.guard import transfer as transfer_module
 from safeft.guard.fitter import LEAST
 from tests.guards import BAD, GOOD, chat_guard, encoder_guard, texts, tiny_encoder
 from tests.models import tiny_model, tiny_tokenizer
@@ -25,10 +25,10 @@ def test_other_texts_are_told_apart(made: Any) -> None:
     scores = torch.tensor([score.harmful for score in guard.score(asked)])
     assert ((scores > 0.5) == torch.tensor(harmful)).all()
     assert guard.head.reading["chat"] == (made is chat_guard)
-    assert 0 < guard.head.units < sum(place.width for place in guard.head.places) / 2
+    assert 0 < guard.head.units < sum(probe.place.width for probe in guard.head.probes) / 2
     weights = [probe.layer_weight for probe in guard.head.probes]
     assert max(weights) == 1
-    assert min(weights) >= 0.1
+    assert min(weights) > 0
 
 
 def test_fitting_twice_gives_the_same_guard() -> None:
@@ -56,13 +56,13 @@ def test_activations_are_kept_between_runs(tmp_path: Path, monkeypatch: pytest.M
 
 def test_sources_and_both_their_labels_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[torch.Tensor] = []
-    found = fitter_module.probe_path
+    found = transfer_module.probe_path
 
     def watched(*args: Any, counts: torch.Tensor) -> Any:
         given.append(counts)
         return found(*args, counts=counts)
 
-    monkeypatch.setattr(fitter_module, "probe_path", watched)
+    monkeypatch.setattr(transfer_module, "probe_path", watched)
     each = fitter()
     each.update(*texts(40), source="small")
     asked, harmful = texts(120, start=500)

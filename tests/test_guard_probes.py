@@ -44,6 +44,16 @@ def test_weights_are_those_of_scikit_learn(strength: float, uneven: bool) -> Non
     assert abs(float(path.bias[1]) - theirs.intercept_[0]) < 5e-3
 
 
+def test_counts_of_any_mean_give_the_same() -> None:
+    features, labels = planted()
+    rows = torch.arange(100)
+    one, ten = (
+        probe_path(features, rows, labels[rows], counts=torch.full((100,), n)) for n in (1.0, 10.0)
+    )
+    torch.testing.assert_close(one.weights, ten.weights)
+    assert bool(ten.bias.isfinite().all())
+
+
 def test_planted_units_are_found_first() -> None:
     features, labels = planted()
     path = probe_path(features, torch.arange(400), labels)

@@ -69,6 +69,19 @@ def test_members_are_one_network() -> None:
     assert torch.equal(Network.mean([members[0]]).first, members[0].first)
 
 
+def test_a_line_is_half_of_the_first_logit() -> None:
+    inputs, targets = data()
+    rows = torch.arange(300)
+    net, _ = train(inputs, targets, ALIKE, rows[:200], rows[200:], recipes(1, 0)[0], 0)
+    line = torch.tensor([1.0, 0, 0, -2, 0, 0])
+    both = outputs(net.beside(line, 0.5, inputs, rows), inputs, rows)
+    alone = outputs(net, inputs, rows)
+    said = inputs @ line
+    expected = (alone[:, 0] + (said + 0.5) * alone[:, 0].std() / said.std()) / 2
+    torch.testing.assert_close(both[:, 0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both[:, 1:], alone[:, 1:])
+
+
 def test_unknown_labels_do_not_count() -> None:
     logits = torch.tensor([[0.3, 5.0], [-0.2, -5.0]], requires_grad=True)
     targets = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])

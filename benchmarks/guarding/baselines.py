@@ -34,12 +34,13 @@ class Variant(GuardFitter):
     """
 
     change: Callable[[Probes], Probes] | None = None
-    _found: Probes | None = None
+    _found: tuple[Probes, dict[str, Any]] | None = None
 
-    def _probes(self, *given: Any) -> Probes:
+    def _probes(self, *given: Any) -> tuple[Probes, dict[str, Any]]:
         if self._found is None:
             self._found = super()._probes(*given)
-        return self._found if self.change is None else self.change(self._found)
+        probes, about = self._found
+        return (probes if self.change is None else self.change(probes)), about
 
     def means(self, texts: Sequence[str]) -> Tensor:
         """Activations of texts, float32 ``(texts, width of all places)``, from the same store."""
@@ -57,23 +58,30 @@ class Variant(GuardFitter):
 
 
 def uniform(probes: Probes) -> Probes:
-    """All layers count alike."""
-    return [replace(probe, layer_weight=1.0) for probe in probes]
+    """All layers are read and count alike."""
+    return [
+        replace(probe, layer_weight=1.0, selected=fewest(probe.weights, 0.9)) for probe in probes
+    ]
 
 
 def every_unit(probes: Probes) -> Probes:
-    """Every unit is read, whatever the probes say."""
-    return [replace(probe, selected=torch.arange(probe.place.width)) for probe in probes]
+    """Every unit of the layers that are read, whatever the probes say."""
+    return [
+        replace(p, selected=torch.arange(p.place.width)) if len(p.selected) else p for p in probes
+    ]
 
 
 def random_units(probes: Probes) -> Probes:
-    """As many units of each layer, drawn at random."""
+    """As many units of each layer, drawn at random; of them no probe knows anything."""
     draw = torch.Generator().manual_seed(0)
     drawn = [
         torch.randperm(p.place.width, generator=draw)[: len(p.selected)].sort().values
         for p in probes
     ]
-    return [replace(p, selected=units) for p, units in zip(probes, drawn, strict=True)]
+    return [
+        replace(p, selected=units, weights=torch.zeros_like(p.weights), bias=0.0)
+        for p, units in zip(probes, drawn, strict=True)
+    ]
 
 
 def last_layer(probes: Probes) -> Probes:

@@ -27,20 +27,26 @@ from safeft.guard.size import file_size
 from safeft.guard.stream import GuardStream
 from safeft.guard.training import Network, widest
 
-SHARE, MEMBERS, HIDDEN = 0.2, 5, 256
+SHARE, MEMBERS, HIDDEN = 0.2, 5, 64
 TEXT = "Write a short letter to a neighbour about number {} and say what the weather was like. "
 
 
-def random_guard(model: Any, tokenizer: Any) -> Guard:
-    """A guard as large as a fit's can be, of random numbers: its cost hangs on its size alone."""
+def random_guard(model: Any, tokenizer: Any, start: float = 0.0) -> Guard:
+    """A guard as large as a fit's can be, of random numbers: its cost hangs on its size alone.
+
+    A guard fitted on several sources reads from a ``start`` on, mostly the upper third.
+    """
     draw = torch.Generator().manual_seed(0)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
 
     probes = []
-    for place in find_places(model):
-        chosen = torch.randperm(place.width, generator=draw)[: round(SHARE * place.width)]
+    places = find_places(model)
+    first = start * (1 + places[-1].layer)
+    for place in places:
+        count = round(SHARE * place.width) if place.layer >= first - 1e-6 else 0
+        chosen = torch.randperm(place.width, generator=draw)[:count]
         numbers = some(place.width), 0.0, some(place.width), torch.ones(place.width)
         probes.append(LayerProbe(place, *numbers, 0.1, 0.5, chosen.sort().values, 1.0))
     units = sum(len(probe.selected) for probe in probes)
@@ -103,9 +109,18 @@ def token_time(guard: Guard, rows: int, tokens: int, pairs: int) -> dict[str, An
         "pairs": pairs,
         "ms_a_token": 1e3 * median(without) / tokens,
         "ms_a_token_guarded": 1e3 * median(beside) / tokens,
-        "ratio": median(b / a for a, b in zip(without, beside, strict=True)),
-        "ratios": [b / a for a, b in zip(without, beside, strict=True)],
+        **compared([b / a for a, b in zip(without, beside, strict=True)]),
     }
+
+
+def compared(ratios: Sequence[float]) -> dict[str, Any]:
+    """The median of the pairs' ratios, and its 95% interval over resamples of the pairs."""
+    draw = torch.Generator().manual_seed(0)
+    found = torch.tensor(ratios, dtype=torch.double)
+    drawn = found[torch.randint(len(found), (2000, len(found)), generator=draw)]
+    cuts = torch.tensor([0.025, 0.975], dtype=torch.double)
+    low, high = drawn.median(1).values.quantile(cuts).tolist()
+    return {"ratio": float(found.quantile(0.5)), "interval": {"low": low, "high": high}}
 
 
 def throughput(guard: Guard, texts: Sequence[str], pairs: int) -> dict[str, Any]:
@@ -126,7 +141,7 @@ def throughput(guard: Guard, texts: Sequence[str], pairs: int) -> dict[str, Any]
         "pairs": pairs,
         "texts_a_second": len(texts) / median(beside),
         "texts_a_second_bare": len(texts) / median(without),
-        "share_of_bare": median(a / b for a, b in zip(without, beside, strict=True)),
+        **compared([a / b for a, b in zip(without, beside, strict=True)]),
     }
 
 
@@ -145,18 +160,20 @@ def saved(guard: Guard) -> dict[str, Any]:
 
 def cost(
     encoder: tuple[Any, Any], small: tuple[Any, Any], *, width: int = 768, layers: int = 12,
-    tokens: int = 32, pairs: int = 9,
+    tokens: int = 24, pairs: int = 9,
 ) -> dict[str, Any]:  # fmt: skip
     """All of them: on the encoder, on a testbed's small model, and on a larger random one."""
     texts = [TEXT.format(number) * (1 + number % 3) for number in range(48)]
-    large = random_guard(decoder(width, layers), small[1])
+    net = decoder(width, layers)
     four = Qwen3Config(num_hidden_layers=36, hidden_size=2560, intermediate_size=9728)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "token_time": {}, "scoring": {}}
-    for name, guard in ((f"random Llama, {weights(large):.0f}M weights", large),
-                        (f"testbed, {weights(random_guard(*small)):.0f}M weights",
-                         random_guard(*small))):  # fmt: skip
-        found["token_time"][name] = [token_time(guard, rows, tokens, pairs) for rows in (1, 8)]
-        found["scoring"][name] = throughput(guard, texts, pairs)
+    for start, read in ((2 / 3, "reading the upper third"), (0.0, "reading all layers")):
+        large, tiny = random_guard(net, small[1], start), random_guard(*small, start)
+        for name, guard, some in (("random Llama", large, texts[:16]), ("testbed", tiny, texts)):
+            size = f"{name}, {weights(guard):.0f}M weights, {read}"
+            found["token_time"][size] = [token_time(guard, rows, tokens, pairs) for rows in (1, 8)]
+            if not start:
+                found["scoring"][size] = throughput(guard, some, pairs)
     found["scoring"]["all-minilm-l6-v2"] = throughput(random_guard(*encoder), texts, pairs)
     found["file"] = saved(large)
     found["file_of_4B"] = {"model": "Qwen3-4B", "texts": 100_000, "bytes": file_size(four)}

@@ -34,7 +34,7 @@ class Service:
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "safeft", "guard", "serve", "--guard", str(folder),
-                 "--port", "0", "--max_body", "32768"],
+                 "--port", "0", "--max_body", "32768", "--dtype", "float32"],
                 stderr=stream,
             )  # fmt: skip
         self.url = ""

@@ -70,6 +70,40 @@ def load(data: Path) -> dict[str, Labelled]:
     }  # fmt: skip
 
 
+def unseen(data: Path, known: Sequence[Labelled]) -> dict[str, Labelled]:
+    """Two sets that nothing was chosen on, without what is known.
+
+    Questions of three safety sets against everyday and medical ones; and MultiJail's English
+    prompts against questions on tables and on studies.
+    """
+    from safeft.guard.reading import normal
+
+    harmful = json.loads((data / "harmfulqa/harmfulqa.json").read_text("utf-8"))
+    topics = [q for topic in harmful.values() for each in topic.values() for q in each]
+    dangerous = json.loads((data / "harmfulqa/dangerousqa.json").read_text("utf-8"))
+    simple = [
+        row["prompts_final"] for row in _table(data / "simple_safety_tests/simple_safety_tests.csv")
+    ]
+    benches = ("mt_bench/question.jsonl", "mt_bench/vicuna80_question.jsonl")
+    everyday = [row["turns"][0] for name in benches for row in _lines(data / name)]
+    medical = [row["question"] for row in _lines(data / "medquad/medquad_subset.jsonl")]
+    jail = [row["en"] for row in _table(data / "multijail/MultiJail.csv")]
+    tables = json.loads((data / "tatqa/tatqa_dataset_dev.json").read_text("utf-8"))
+    asked = [row["questions"][0]["question"] for row in tables]
+    studies = json.loads((data / "pubmedqa/ori_pqal.json").read_text("utf-8"))
+    sides = {
+        "safety questions": ([*simple, *dangerous, *topics[::4]], [*everyday, *medical[::6]]),
+        "MultiJail, English": (jail, [*asked, *[s["QUESTION"] for s in studies.values()][::4]]),
+    }
+    seen = {normal(text) for each in known for text in each.texts}
+    found = {}
+    for name, (bad, good) in sides.items():
+        rows = {normal(t): (t, label) for side, label in ((bad, True), (good, False)) for t in side}
+        kept = [row for key, row in rows.items() if key not in seen and row[0].strip()]
+        found[name] = _of([(text, label, n) for n, (text, label) in enumerate(kept)])
+    return found
+
+
 def parted(found: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
     """Train and test: groups stay together, and so do texts that are alike but for case."""
     from safeft.guard.reading import normal

@@ -73,7 +73,7 @@ def readability(
     guard.head.check_model(model, weights_too=False)
     truth = torch.tensor([True] * len(harmful) + [False] * len(benign))
     prompts = as_examples([*harmful, *benign])
-    reading, places = guard.head.reading, guard.head.places
+    reading, places = guard.head.reading, [probe.place for probe in guard.head.probes]
     shown = [
         windows(tokenizer, p, reading["max_length"], reading["chat"], reading["chat_template"])[0]
         for p in prompts
@@ -87,7 +87,10 @@ def readability(
     for probe, part in zip(guard.head.probes, parts, strict=True):
         layers[probe.place.name] = auroc(probe.logits(part), truth)
         anew[probe.place.name] = _anew(part, truth)
-    return Readability(auroc(ready.scores(ready.units(parts))[:, 0], truth), layers, anew)
+    read = [
+        part for probe, part in zip(guard.head.probes, parts, strict=True) if len(probe.selected)
+    ]
+    return Readability(auroc(ready.scores(ready.units(read))[:, 0], truth), layers, anew)
 
 
 def _anew(features: Tensor, truth: Tensor) -> float:

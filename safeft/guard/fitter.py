@@ -2,9 +2,11 @@
 
 Style of SIREN (Jiao et al., arXiv 2604.18519, section 3; their released runtime is ``llm-siren``):
 sparse probes say which units of each layer tell harmful from harmless, layers weigh by how well
-they do on validation texts, and a small network reads the selected units of all layers. Beside the
-paper: MLP units as well as the residual stream, standardised units, calibrated probabilities,
-further labels, thresholds for a wanted false-positive rate.
+they do, and a small network reads the selected units. Unlike the paper: what is chosen is chosen
+by what transfers to a source left out (:mod:`safeft.guard.transfer`), the depth to read from among
+it, and the probes' own verdict is half of the score. Beside the paper: MLP units as well as the
+residual stream, standardised units, calibrated probabilities, further labels, thresholds for a
+wanted false-positive rate.
 """
 
 import logging
@@ -28,10 +30,10 @@ from safeft.guard.guards import Guard
 from safeft.guard.head import GuardHead, LayerProbe, weights_of
 from safeft.guard.places import KINDS, Kind, find_places
 from safeft.guard.pooling import FeatureStore, fill
-from safeft.guard.probes import STRENGTHS, chunks, fewest, probe_path
+from safeft.guard.probes import chunks
 from safeft.guard.reading import Example, as_examples, longest, text_hashes, windows
 from safeft.guard.training import outputs, searched
-from safeft.progress import progress
+from safeft.guard.transfer import parts_of, transferring
 from safeft.prompts import Reader, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -180,8 +182,8 @@ class GuardFitter:
 
         Args:
             share: Of each probe's absolute weight that the selected units hold.
-            validation: Share of the texts by which strengths are chosen, layers weighed and
-                scores calibrated; no weight is trained on them.
+            validation: Share of the texts by which scores are calibrated; no weight is trained
+                on them.
             search: Recipes of the network to try.
             members: Networks, each stopped by another part of the training texts.
             seed: Of the parts and the networks.
@@ -203,7 +205,10 @@ class GuardFitter:
         by = by_source([texts[n].source for n in held.tolist()], harmful[held])
         names, targets = _targets(texts, trained, held)
         counts = _counts(texts)
-        probes = self._probes(rows, harmful, trained, held, by, share, counts)
+        parts, apart = parts_of([text.source for text in texts], groups, harmful, trained, seed)
+        probes, transfer = self._probes(
+            rows, harmful, counts, trained, held, by, parts, apart, share
+        )
         probed = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             inputs = self._inputs(probes, rows, Path(folder) / "inputs.float32")
@@ -212,6 +217,8 @@ class GuardFitter:
             network, about = searched(
                 inputs, targets, counts, [trained[s] for s in stops], search, seed
             )
+            line, offset = _line(probes)
+            network = network.beside(line, offset, inputs, trained)
             # As it is saved: a guard scores the same after loading.
             network = replace(network, first=network.first.half().float())
             logits = outputs(network, inputs, held)
@@ -219,7 +226,7 @@ class GuardFitter:
         calibration = _calibrated(logits, targets[held])
         scores = (logits * calibration[0] + calibration[1]).sigmoid()[:, 0]
         ranked = auroc(scores, harmful[held])
-        if ranked <= 0.5 or calibration[0, 0] <= 0:
+        if not (ranked > 0.5 and calibration[0, 0] > 0):
             raise SelectionError(
                 f"On {len(held)} validation texts the guard ranks harmful above harmless ones in "
                 f"{ranked:.0%} of pairs, no better than chance. Are the labels right?"
@@ -237,6 +244,7 @@ class GuardFitter:
             "contradicted": len(self._contradicted),
             "cut": self._cut,
             "answers": self._answers,
+            "transfer": {"over": "sources" if apart else "random parts", **transfer},
             "network": about,
             "validation": {
                 "macro_f1": float(mean_f1(torch.logit(scores)[:, None], harmful[held], by)),
@@ -267,38 +275,8 @@ class GuardFitter:
             )  # fmt: skip
         return [text for key, text in self._texts.items() if key not in self._contradicted]
 
-    def _probes(
-        self,
-        rows: Tensor,
-        harmful: Tensor,
-        trained: Tensor,
-        held: Tensor,
-        by: dict[str, Tensor],
-        share: float,
-        counts: Tensor,
-    ) -> list[LayerProbe]:
-        features = self._store.features
-        target = harmful.float()
-        found: list[LayerProbe] = []
-        start = 0
-        for place in progress(self._places, "probing layers"):
-            layer = features[:, start : start + place.width]
-            start += place.width
-            path = probe_path(layer, rows[trained], target[trained], counts=counts[trained])
-            f1 = mean_f1(path.logits(layer, rows[held]), harmful[held], by)
-            best = int(f1.argmax())  # of equal ones the sparsest
-            weights = path.weights[:, best]
-            found.append(
-                LayerProbe(
-                    place, weights, float(path.bias[best]), path.mean, path.scale,
-                    STRENGTHS[best], float(f1[best]), fewest(weights, share), 1.0,
-                )
-            )  # fmt: skip
-        low, high = min(p.f1 for p in found), max(p.f1 for p in found)
-        return [
-            replace(p, layer_weight=max(0.1, (p.f1 - low) / (high - low)) if high > low else 1.0)
-            for p in found
-        ]
+    def _probes(self, rows: Tensor, *given: Any) -> tuple[list[LayerProbe], dict[str, Any]]:
+        return transferring(self._store.features, self._places, rows, *given)
 
     def _inputs(self, probes: Sequence[LayerProbe], rows: Tensor, path: Path) -> Tensor:
         """Selected units, standardised and weighed, float32 ``(texts, units)``, on disk."""
@@ -315,6 +293,12 @@ class GuardFitter:
             made[at : at + len(part)] = torch.cat(pieces, 1)
             at += len(part)
         return made
+
+
+def _line(probes: Sequence[LayerProbe]) -> tuple[Tensor, float]:
+    """What the probes say together, as one line over the units that are read."""
+    offset = sum(probe.layer_weight * probe.bias for probe in probes if len(probe.selected))
+    return torch.cat([probe.weights[probe.selected] for probe in probes]), offset
 
 
 def _targets(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-STRENGTHS: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.015, 0.007)
+STRENGTHS: tuple[float, ...] = (0.3, 0.15, 0.07, 0.03, 0.015)
 """Penalties to choose from, as shares of the least one that leaves no unit."""
 
 _ROWS = 8192
@@ -88,7 +88,7 @@ def probe_path(
         rows: Which of them are fitted on, int64.
         target: 0 or 1 for each of the rows, float32; both occur.
         strengths: Shares of ``most``, falling.
-        counts: What each of the rows counts for, float32 of mean 1; by default alike.
+        counts: What each of the rows counts for, float32; by default alike.
         tolerance: A strength is done where its optimality is missed by less than this share of
             its penalty.
 
@@ -121,7 +121,7 @@ class _Layer:
     ) -> None:
         self.mean, self.scale = moments(features, rows)
         self.target = target.float()
-        self.counts = torch.ones_like(self.target) if counts is None else counts
+        self.counts = torch.ones_like(self.target) if counts is None else counts / counts.mean()
         self._features, self._rows = features, rows
         self._copy = self._standard(features[rows]) if len(rows) <= _ROWS else None
 

@@ -37,16 +37,16 @@ def widest(units: int, members: int) -> int:
     return max(8, FILE_BYTES // (2 * max(1, units) * members))
 
 
-def recipes(count: int, seed: int, most: int = 256) -> list[Recipe]:
+def recipes(count: int, seed: int, most: int = 64) -> list[Recipe]:
     """The usual recipe, then drawn ones, of ``most`` hidden units at most."""
     draw = torch.Generator().manual_seed(seed)
 
     def one() -> Recipe:
         a, b, c, d = torch.rand(4, generator=draw).tolist()
-        hidden, dropout = (64, 128, 256)[int(3 * a)], round(0.1 + 0.5 * b, 3)
+        hidden, dropout = (16, 32, 64)[int(3 * a)], round(0.1 + 0.5 * b, 3)
         return Recipe(min(hidden, most), dropout, 10 ** (-3.7 + 1.4 * c), 10 ** (-3 + 2.5 * d))
 
-    return [Recipe(min(128, most), 0.3, 1e-3, 1e-2), *(one() for _ in range(count - 1))]
+    return [Recipe(min(32, most), 0.3, 1e-3, 1e-2), *(one() for _ in range(count - 1))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,29 @@ class Network:
         """``(texts, outputs)``."""
         hidden = torch.addmm(self.first_bias, inputs, self.first.T).relu_()
         return torch.addmm(self.second_bias, hidden, self.second.T)
+
+    def beside(self, line: Tensor, offset: float, inputs: Tensor, rows: Tensor) -> "Network":
+        """The network whose first logit is the mean of this one's and of a line's.
+
+        A line is the difference of two hidden units. It is scaled to deviate on the rows by as much
+        as the network does.
+
+        Args:
+            line: float32 ``(units,)``.
+            offset: Of the line.
+            inputs: See :func:`train`.
+            rows: Texts.
+        """
+        said = torch.cat([part @ line for part in chunks(inputs, rows)])
+        deviation = outputs(self, inputs, rows)[:, 0].std() / said.std().clamp(min=1e-9)
+        pair, bias = torch.stack([line, -line]), torch.tensor([offset, -offset])
+        second = torch.cat([self.second, torch.zeros(len(self.second), 2)], 1)
+        second[0] /= 2
+        second[0, -2:] = torch.stack([deviation, -deviation]) / 2
+        second_bias = self.second_bias.clone()
+        second_bias[0] /= 2
+        first = torch.cat([self.first, pair])
+        return Network(first, torch.cat([self.first_bias, bias]), second, second_bias)
 
     @classmethod
     def mean(cls, members: Sequence["Network"]) -> "Network":
