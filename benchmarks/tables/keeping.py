@@ -96,9 +96,7 @@ def advice() -> str:
                 f"{found[method]['seconds_a_step_ratio']:.2f}",
             ]
         )
-    commands = dict.fromkeys(
-        _command(load(name)) for _, name, _, _ in _ADVICE
-    )
+    commands = dict.fromkeys(_command(load(name)) for _, name, _, _ in _ADVICE)
     note = "Shares of held-out prompts, mean over seeds ± half the 95% interval: "
     return f"{markdown(heads, rows)}\n\n{note}{', '.join(f'`{each}`' for each in commands)}"
 
