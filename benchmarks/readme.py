@@ -23,7 +23,6 @@ BLOCKS = {
     "audit": auditing.audit,
     "hardening": auditing.hardening,
     "monitor": auditing.monitor,
-    "detox_short": detoxing.headline,
     "detox": detoxing.arms,
     "detox_images": detoxing.images,
     "detox_costs": detoxing.costs,

@@ -7,30 +7,15 @@ from typing import Any
 
 from tables import load, markdown
 
-_SHORT = (
-    "as it is", "prefix", "aura, mean 3", "random as aura, mean 3", "det0, mean 0.1",
-    "random as det0, mean 0.1", "fitted, price 5", "random as fitted, price 5",
-)  # fmt: skip
-
 
 def arms() -> str:
     """Every rule and strength, over the seeds."""
     found = load("detox.json")
-    return f"{_table(found, [row['arm'] for row in found['arms']])}\n\n{_note(found)}"
-
-
-def headline() -> str:
-    """The few arms that the first page shows."""
-    found = load("detox.json")
-    known = {row["arm"] for row in found["arms"]}
-    return f"{_table(found, [name for name in _SHORT if name in known])}\n\n{_note(found)}"
-
-
-def _table(found: Mapping[str, Any], names: Sequence[str]) -> str:
     heads = ["", "judged toxic", "like a hateful text it learnt", "perplexity",
              "nats, words of what is said", "groups named", "texts naming groups dearer by",
              "units"]  # fmt: skip
-    return markdown(heads, [_row(found["runs"], name) for name in names])
+    rows = [_row(found["runs"], row["arm"]) for row in found["arms"]]
+    return f"{markdown(heads, rows)}\n\n{_note(found)}"
 
 
 def _row(runs: Sequence[Mapping[str, Any]], name: str) -> list[str]:
