@@ -75,7 +75,7 @@ class DetoxConfig:
     )
     price: float | None = field(
         default=None,
-        metadata={"help": "What costs weigh; of check (0.5) and fitted (50), see their classes."},
+        metadata={"help": "What costs weigh; of check (0.5) and fitted (20)."},
     )
     prompts: str | None = field(default=None, metadata={"help": "What is continued and judged."})
     prompts_column: str | None = field(default=None, metadata={"help": "Column of a table."})

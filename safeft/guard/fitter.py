@@ -182,8 +182,8 @@ class GuardFitter:
 
         Args:
             share: Of each probe's absolute weight that the selected units hold.
-            validation: Share of the texts by which scores are calibrated; no weight is trained
-                on them.
+            validation: Share of the texts by which probes' strengths are chosen and scores
+                calibrated; no weight is trained on them.
             search: Recipes of the network to try.
             members: Networks, each stopped by another part of the training texts.
             seed: Of the parts and the networks.
