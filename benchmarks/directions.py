@@ -169,10 +169,10 @@ def memory() -> dict[str, Any]:
             )
     real = Steps(64, 3, False, 0.25).pin.span
     assert real is not None
-    boxes = [box for boxes in real._boxes for box in boxes]
+    stored = [piece for each in real._pieces for piece in each]
     kept = {
-        "targets": sum(box.target.numel() for box in boxes if box.target is not None),
-        "bases": sum({box.basis.data_ptr(): box.basis.numel() for box in boxes}.values()),
+        "targets": sum(piece.target.numel() for piece in stored if piece.target is not None),
+        "bases": sum({piece.basis.data_ptr(): piece.basis.numel() for piece in stored}.values()),
     }
     told = computed(model_of(64, 3), 0.25)
     # The tests' subspace gives gate and up a basis each, where locating gives them one.

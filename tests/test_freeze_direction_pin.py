@@ -599,8 +599,8 @@ def test_only_products_and_bases_are_kept() -> None:
     assert kept == sum(d.parameter.shape[0] * d.basis.shape[1] for d in plan.directions)
     pin.install(sgd(model))
     assert pin.span._targets is None
-    boxes = [box for boxes in pin.span._boxes for box in boxes]
-    assert sum(box.target.numel() for box in boxes) == kept
+    stored = [piece for each in pin.span._pieces for piece in each]
+    assert sum(piece.target.numel() for piece in stored) == kept
 
 
 # --- lines that an engine cuts ------------------------------------------------------------------

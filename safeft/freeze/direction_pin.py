@@ -41,7 +41,7 @@ class DirectionPin:
         self._held = [replace(d, basis=bases[id(d.basis)]) for d in directions]
         self._targets: list[Tensor | None] | None = None
         self._scales: list[float] = []
-        self._boxes: list[list[Piece]] = [[] for _ in directions]
+        self._pieces: list[list[Piece]] = [[] for _ in directions]
         self._cut: list[int] = [0] * len(directions)
         self._devices = [d.parameter.device for d in directions]
         self._optimizer: torch.optim.Optimizer | None = None
@@ -128,7 +128,7 @@ class DirectionPin:
             off = False
             for shard in copies(held.parameter):
                 self._devices[number] = shard.device
-                self._boxes[number], self._cut[number] = laid_out(held, shard, target)
+                self._pieces[number], self._cut[number] = laid_out(held, shard, target)
                 off |= self._put_right(number) > tolerance(shard.dtype)
             moved += off
         self._targets = None
@@ -140,13 +140,13 @@ class DirectionPin:
         moved = 0
         for number, held in enumerate(self._held):
             again, self._cut[number] = laid_out(held, master(held.parameter), None)
-            old = self._boxes[number]
+            old = self._pieces[number]
             if [b.block.size for b in again] != [b.block.size for b in old]:
                 raise FreezeError(
                     f"{held.name} lies otherwise over the processes than in this trainer's first "
                     "training, and only the first one's part was kept. Build a new trainer."
                 )
-            self._boxes[number] = [
+            self._pieces[number] = [
                 replace(new, target=was.target) for new, was in zip(again, old, strict=True)
             ]
             moved += self._put_right(number) > tolerance(held.parameter.dtype)
@@ -155,9 +155,9 @@ class DirectionPin:
     def _put_right(self, number: int) -> float:
         """Put one weight's directions back; how far they were off here, relatively."""
         squares = 0.0
-        for _, box, gap in self._gaps([number]):
+        for _, piece, gap in self._gaps([number]):
             squares += float(gap.square().sum())
-            box.put_back(gap)
+            piece.put_back(gap)
         return squares**0.5 / self._scales[number]
 
     def _project(self, number: int, held: Directions) -> Callable[[Tensor], None]:
@@ -187,10 +187,10 @@ class DirectionPin:
         assert self._optimizer is not None
         flat = stepped_storages((held.parameter for held in self._held), self._optimizer)
         squares: dict[int, float] = {}
-        for number, box, gap in self._gaps(range(len(self._held)), flat):
+        for number, piece, gap in self._gaps(range(len(self._held)), flat):
             if self.measuring:
                 squares[number] = squares.get(number, 0.0) + float(gap.square().sum())
-            box.put_back(gap)
+            piece.put_back(gap)
             self._stepped.add(number)
         for number, square in squares.items():
             self._drift = max(self._drift, square**0.5 / self._scales[number])
@@ -205,26 +205,26 @@ class DirectionPin:
         together over processes first, all at once.
         """
         here = [
-            (number, box)
+            (number, piece)
             for number in numbers
-            for box in self._boxes[number]
-            if flat is None or box.open().untyped_storage().data_ptr() in flat
+            for piece in self._pieces[number]
+            if flat is None or piece.open().untyped_storage().data_ptr() in flat
         ]
         sums = {
             n: torch.zeros(self._cut[n], self._held[n].basis.shape[1], device=self._devices[n])
             for n in numbers
             if self._cut[n]
         }
-        for number, box in here:
-            if box.slots is not None:
-                sums[number].index_add_(0, box.slots, box.products())
+        for number, piece in here:
+            if piece.slots is not None:
+                sums[number].index_add_(0, piece.slots, piece.products())
         if sums:
             total = summed(torch.cat([part.flatten() for part in sums.values()]))
             parts = total.split([part.numel() for part in sums.values()])
             sums = {n: p.view_as(sums[n]) for n, p in zip(sums, parts, strict=True)}
-        for number, box in here:
-            whole = box.slots is None
-            yield number, box, box.gap(box.products() if whole else sums[number][box.slots])
+        for number, piece in here:
+            whole = piece.slots is None
+            yield number, piece, piece.gap(piece.products() if whole else sums[number][piece.slots])
 
     @torch.no_grad()
     def changes(self) -> list[float]:
@@ -233,8 +233,8 @@ class DirectionPin:
         ``norm(W U - W0 U) / norm(W0 U)``, Frobenius; of a LoRA layer ``W - W0 = s B A``.
         """
         squares = torch.zeros(len(self._held), dtype=torch.double)
-        for number, box, gap in self._gaps(range(len(self._held))):
-            counted = gap if box.mine is None else gap[box.mine]
+        for number, piece, gap in self._gaps(range(len(self._held))):
+            counted = gap if piece.mine is None else gap[piece.mine]
             squares[number] += float(counted.double().square().sum())
         everywhere = torch.stack(gathered(squares)) if ranks() > 1 else squares[None]
         found = []
@@ -275,7 +275,7 @@ class DirectionPin:
                 "does not step as torch's do, and decay would move them. Use adamw_torch."
             )
         for number, held in enumerate(self._held):
-            trained = held.parameter.requires_grad and self._boxes[number]
+            trained = held.parameter.requires_grad and self._pieces[number]
             if trained and number not in self._stepped:
                 raise FreezeError(
                     f"The optimizer stepped and the directions of {held.name} were not pinned: the "

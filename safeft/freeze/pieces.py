@@ -71,11 +71,11 @@ def laid_out(held: Directions, shard: Shard, target: Tensor | None) -> tuple[lis
             for line in theirs:
                 owner.setdefault(line, number)
     slot = {line: number for number, line in enumerate(sorted(owner))}
-    boxes, counted = [], set()
+    pieces, counted = [], set()
     for block, (lines, inputs) in zip(shard.blocks, places, strict=True):
         here = target[slice(*lines)].to(shard.device) if target is not None else None
         if inputs == (0, features):
-            boxes.append(Piece(shard.open, block, turned, basis, _own(here)))
+            pieces.append(Piece(shard.open, block, turned, basis, _own(here)))
             continue
         numbers = list(range(*lines))
         mine = [owner[n] == rank() and n not in counted for n in numbers]
@@ -83,8 +83,8 @@ def laid_out(held: Directions, shard: Shard, target: Tensor | None) -> tuple[lis
         slots = torch.tensor([slot[n] for n in numbers], device=shard.device)
         flags = torch.tensor(mine, device=shard.device)
         part = basis[slice(*inputs)]
-        boxes.append(Piece(shard.open, block, turned, part, _own(here), slots, flags))
-    return boxes, len(slot)
+        pieces.append(Piece(shard.open, block, turned, part, _own(here), slots, flags))
+    return pieces, len(slot)
 
 
 def check_whole(held: Directions) -> None:
